@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ def _fetch(raw: Path) -> None:
 def _from_first_source(incoming: Path) -> None:
     reasons = []
     sources: dict[str, Callable[[Path], None]] = {
-        f"the package {DEBIAN_PACKAGE}": lambda folder: _gunzip_all(DEBIAN_FOLDER, folder),
+        "the installed package": lambda folder: _gunzip_all(DEBIAN_FOLDER, folder),
         "torchvision's download": _from_torchvision,
         "apt-get download": _from_apt,
     }
@@ -150,15 +151,14 @@ class _NotThere(Exception):
 
 def _gunzip_all(source: Path, folder: Path) -> None:
     for name in SHA256:
+        packed = source / f"{name}.gz"
+        if not packed.exists():
+            raise _NotThere("not installed")
         try:
-            packed = gzip.open(source / f"{name}.gz")
-        except OSError:
-            raise _NotThere("not installed") from None
-        with packed, (folder / name).open("wb") as unpacked:
-            try:
-                shutil.copyfileobj(packed, unpacked)
-            except (EOFError, gzip.BadGzipFile):
-                raise _NotThere(f"{source / name}.gz is damaged, install the package again") from None
+            with gzip.open(packed) as content, (folder / name).open("wb") as unpacked:
+                shutil.copyfileobj(content, unpacked)
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            raise _NotThere(f"{packed} is damaged, install the package again") from None
 
 
 def _from_torchvision(folder: Path) -> None:

@@ -44,9 +44,7 @@ class GridError(RuntimeError):
     def __init__(self, failures: dict[Config, str]):
         self.failures = failures
         reasons = "".join(f"\n  {config.name}: {reason}" for config, reason in failures.items())
-        super().__init__(
-            f"{len(failures)} of the grid's runs failed; run the grid again to try them again:{reasons}"
-        )
+        super().__init__(f"{len(failures)} of the grid's runs failed; run the grid again to try them again:{reasons}")
 
 
 def grid(
@@ -64,7 +62,7 @@ def grid(
     ]
 
 
-# -- the store ---------------------------------------------------------------------------------------------------------
+# The store
 
 
 def record_path(config: Config, results: Path = RESULTS) -> Path:
@@ -139,7 +137,7 @@ def histories(records: Iterable[Record]) -> pd.DataFrame:
 _HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
 
-# -- running -----------------------------------------------------------------------------------------------------------
+# Running
 
 
 def run_grid(
@@ -252,7 +250,7 @@ def process_pool(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, context, _start_worker, (threads, positions))
 
 
-# -- the command line --------------------------------------------------------------------------------------------------
+# The command line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -127,6 +127,5 @@ class MlpMixer(nn.Module):
         tiles = (height // ph) * (width // pw)
         if tiles != self.num_patches:
             raise ValueError(
-                f"an image of {height}×{width} has {tiles} patches of {ph}×{pw}, "
-                f"but num_patches is {self.num_patches}"
+                f"an image of {height}×{width} has {tiles} patches of {ph}×{pw}, but num_patches is {self.num_patches}"
             )

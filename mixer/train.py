@@ -181,7 +181,7 @@ class _Run:
         train_loss = float((losses.cpu().double() * sizes).sum() / len(labels))
         test_loss, test_accuracy = self.evaluate()
         if not (math.isfinite(train_loss) and math.isfinite(test_loss)):
-            finite = losses.isfinite().tolist() + [False]
+            finite = [*losses.isfinite().tolist(), False]
             self.diverged = {"epoch": self.epoch + 1, "step": min(finite.index(False) + 1, self.steps_per_epoch)}
             return
         self.epoch += 1
@@ -216,8 +216,6 @@ class _Run:
     def _logits(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
             return self.model(fashion_mnist.normalise(images))
-
-    # -- checkpoints -------------------------------------------------------------------------------------------------
 
     @property
     def _key(self) -> dict[str, Any]:

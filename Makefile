@@ -1,0 +1,72 @@
+# make            the report: set-up, data, executed notebook, figures, report/report.pdf
+# make test       unit tests, and the notebooks compared with what they show when run again
+# make grid       train what is missing of the coursework's grid
+# make data       Fashion-MNIST into data/
+# make bench      what the fast path is worth on this machine
+# make notebook   run the notebook and keep what it shows (after a change)
+
+PYTHON ?= python3
+BIN := .venv/bin
+CODE := $(wildcard mixer/*.py mixer/*.cpp)
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
+
+.PHONY: report test grid data bench notebook clean
+.DELETE_ON_ERROR:
+
+report: build/report
+
+# With an argument that apt knows: install it when we may.
+APT = if [ "$$(id -u)" = 0 ]; then apt=apt-get; elif sudo -n true 2>/dev/null; then apt="sudo apt-get"; else exit 1; fi; \
+	command -v apt-get >/dev/null && $$apt update -qq && DEBIAN_FRONTEND=noninteractive $$apt install -y -qq --no-install-recommends
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12, for instance."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || ($(APT) python3-venv) >/dev/null || \
+		{ echo "Python's venv is missing: sudo apt install python3-venv, then run make again."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+data: .venv/installed
+	@$(BIN)/python -m mixer.data
+
+grid: .venv/installed
+	$(BIN)/python -m mixer.grid
+
+bench: .venv/installed-dev
+	$(BIN)/python -m mixer.bench
+
+# The notebooks are run into build/: what is committed stays as it is.
+build/%.ipynb: notebooks/%.ipynb $(CODE) $(wildcard results/*.json results/*.safetensors) .venv/installed
+	@$(BIN)/python -m mixer.data
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir build $<
+
+notebook: .venv/installed
+	@$(BIN)/python -m mixer.data
+	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+
+build/report: $(EXECUTED) $(wildcard report/*.tex report/*.bib)
+	$(BIN)/python -m mixer.report
+	@kpsewhich lmodern.sty booktabs.sty microtype.sty >/dev/null && command -v latexmk >/dev/null || \
+		($(APT) latexmk texlive-latex-recommended texlive-fonts-recommended lmodern) >/dev/null || \
+		{ echo "All is made but the PDF, which needs LaTeX: sudo apt install latexmk texlive-latex-recommended" \
+		"texlive-fonts-recommended lmodern, then run make again."; exit 1; }
+	cd report && SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -pdf -interaction=nonstopmode -halt-on-error -silent report
+	@touch $@
+	@echo "The report is report/report.pdf; the notebook as run here is build/experiments.ipynb."
+
+test: .venv/installed-dev
+	@$(BIN)/python -m mixer.data
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python -m pytest --nbval
+
+clean:
+	rm -rf build .venv

@@ -1,0 +1,26 @@
+import pytest
+import torch
+
+from mixer import data as fashion_mnist
+from mixer.data import Data
+
+
+@pytest.fixture(scope="session")
+def data() -> Data:
+    """All of Fashion-MNIST."""
+    return fashion_mnist.load()
+
+
+@pytest.fixture(scope="session")
+def few(data: Data) -> Data:
+    """The first images of Fashion-MNIST: enough to learn a little in a second."""
+    return first_images(data)
+
+
+def first_images(data: Data, train: int = 300, test: int = 100) -> Data:
+    return Data(data.train_images[:train], data.train_labels[:train], data.test_images[:test], data.test_labels[:test])
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
