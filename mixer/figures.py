@@ -1,0 +1,422 @@
+"""The figures of notebook and report, all in one style, as wide as the report's text.
+
+Every function returns a Matplotlib figure, which a notebook shows as it is, and ``save`` writes it as PDF for LaTeX
+and as PNG for people. The same numbers give the same bytes: no dates, no versions, Matplotlib's own DejaVu fonts.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Circle, FancyBboxPatch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from mixer.data import CLASSES
+from mixer.model import MlpMixer
+from mixer.report import THEIR_ACCURACY, interval, per_class
+
+FIGURES = Path(__file__).parent.parent / "figures"
+WIDTH = 6.3  # inches: the text width of report.tex, so that a font size here is a font size there
+
+BLUE, ORANGE, GREEN, PURPLE = "#1F4E8C", "#E08A00", "#3F9C7A", "#A0529A"  # also different greys when printed
+INK, MUTED, FAINT = "#222222", "#777777", "#DDDDDD"
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.titlesize": 7.5,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#EAEAEA",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.dpi": 130,
+    "savefig.dpi": 130,
+    "figure.constrained_layout.use": True,
+    # Type 3 fonts and no compression leave the bytes to Matplotlib alone, not to the versions of fontTools and zlib.
+    "pdf.fonttype": 3,
+    "pdf.compression": 0,
+}
+
+
+_PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g}%")
+
+
+def _figure(height: float) -> Figure:
+    """An empty figure of the report's width; ``height`` in inches."""
+    figure = Figure(figsize=(WIDTH, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, name: str, folder: Path = FIGURES) -> None:
+    """Write ``name.pdf`` and ``name.png`` into ``folder``. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(_STYLE):
+        nothing = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+        figure.savefig(folder / f"{name}.pdf", metadata=nothing)
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+
+
+# Fig. 1-3: learning curves
+
+# Each hyperparameter has a mark of its own: two curves differ in as many marks as their runs differ in settings.
+_MARKS = {
+    "lr": ("learning rate", "color", (BLUE, ORANGE, GREEN, PURPLE)),
+    "dropout_p": ("dropout", "linestyle", ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))),
+    "batch_size": ("batch size", "marker", ("o", "s", "^", "D")),
+}
+
+
+def encode(histories: pd.DataFrame) -> dict[str, dict[float, object]]:
+    """For lr, dropout_p and batch_size: value -> its colour, line style or marker.
+
+    Raises ValueError where there are more values than can be told apart.
+    """
+    encoding = {}
+    for column, (label, _, marks) in _MARKS.items():
+        values = sorted(histories[column].unique())
+        if len(values) > len(marks):
+            raise ValueError(f"there are {len(values)} values of {label}, but only {len(marks)} can be told apart")
+        encoding[column] = dict(zip(values, marks, strict=False))
+    return encoding
+
+
+def loss(histories: pd.DataFrame) -> Figure:
+    """Fig. 1: train and test loss in two panels of one scale, one curve a run.
+
+    histories: as ``mixer.grid.histories`` gives them. Raises ValueError.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = _figure(2.75)
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, column, title in zip(axes, ("train_loss", "test_loss"), ("training", "test"), strict=True):
+            _draw_curves(axis, histories, column)
+            axis.set_title(title, color=MUTED)
+        axes[0].set_ylabel("cross-entropy")
+        _frame(axes[0], histories, ["train_loss", "test_loss"], rising=False)
+        _legends(figure, histories)
+    return figure
+
+
+def test_accuracy(histories: pd.DataFrame) -> Figure:
+    """Fig. 2: test accuracy, one curve a run, and the coursework's best with its 95% interval."""
+    with mpl.rc_context(_STYLE):
+        figure = _figure(3.2)
+        axis = figure.subplots()
+        low, high = interval(THEIR_ACCURACY)
+        axis.axhspan(low, high, color="#F1F1F1", zorder=0)
+        axis.axhline(THEIR_ACCURACY, color=MUTED, linewidth=0.8, zorder=1)
+        axis.annotate(
+            f"coursework\n{THEIR_ACCURACY:.2%}",
+            (1.01, THEIR_ACCURACY),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=MUTED,
+            fontsize=7,
+        )
+        _accuracy(figure, axis, histories, "test_accuracy", also=high)
+    return figure
+
+
+def train_accuracy(histories: pd.DataFrame) -> Figure:
+    """Fig. 3: running train accuracy, one curve a run."""
+    with mpl.rc_context(_STYLE):
+        figure = _figure(2.75)
+        _accuracy(figure, figure.subplots(), histories, "train_accuracy")
+    return figure
+
+
+def write_curves(histories: pd.DataFrame, folder: Path = FIGURES) -> None:
+    """Fig. 1-3 as ``fig1_loss``, ``fig2_test_accuracy`` and ``fig3_train_accuracy``. Raises ValueError, OSError."""
+    save(loss(histories), "fig1_loss", folder)
+    save(test_accuracy(histories), "fig2_test_accuracy", folder)
+    save(train_accuracy(histories), "fig3_train_accuracy", folder)
+
+
+def _accuracy(figure: Figure, axis: Axes, histories: pd.DataFrame, column: str, also: float | None = None) -> None:
+    _draw_curves(axis, histories, column)
+    axis.set_ylabel(column.replace("_", " "))
+    axis.yaxis.set_major_formatter(_PERCENT)
+    _frame(axis, histories, [column], rising=True, also=also)
+    _legends(figure, histories)
+
+
+def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str) -> None:
+    encoding = encode(histories)
+    runs = histories.groupby([*_MARKS, "seed"])
+    for turn, (settings, history) in enumerate(runs):
+        style = {
+            kind: encoding[name][value]
+            for (name, (_, kind, _)), value in zip(_MARKS.items(), settings, strict=False)  # the seed has no mark
+        }
+        step = max(1, len(history) // 9)
+        axis.plot(
+            history["epoch"],
+            history[column],
+            **style,
+            linewidth=1.0,
+            markersize=4,
+            markerfacecolor="white",
+            markeredgewidth=0.9,
+            markevery=(turn * step // len(runs), step),  # staggered, so that markers do not cover each other
+        )
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    last = histories["epoch"].max() if len(histories) else 1
+    axis.set_xlim(1 - 0.02 * last, last * 1.02)
+
+
+def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: bool, also: float | None = None) -> None:
+    """Frame the curves, leaving out their steep start and rare spikes, which would press all the rest together.
+
+    On the side from which the curves come, the frame ends where 98% of the points after the first tenth of the
+    epochs are inside. ``also`` is a value that has to be inside.
+    """
+    if histories.empty:
+        return
+    settled = histories.loc[histories["epoch"] > histories["epoch"].max() / 10, columns].to_numpy().ravel()
+    if rising:
+        low, high = np.quantile(settled, 0.02, method="lower"), histories[columns].max(axis=None)
+    else:
+        low, high = histories[columns].min(axis=None), np.quantile(settled, 0.98, method="higher")
+    if also is not None:
+        low, high = min(low, also), max(high, also)
+    margin = 0.04 * (high - low) or 0.01
+    axis.set_ylim(low - margin, high + margin)
+
+
+def _legends(figure: Figure, histories: pd.DataFrame) -> None:
+    encoding = encode(histories)
+    for place, (column, (label, kind, _)) in zip(("left", "center", "right"), _MARKS.items(), strict=True):
+        neutral = {"color": MUTED, "linewidth": 1.4, "markersize": 4.5, "markerfacecolor": "white"}
+        handles = [Line2D([], [], linestyle="none", label=label)]  # the title, on the line of its entries
+        for value, mark in encoding[column].items():
+            handles.append(Line2D([], [], **(neutral | {kind: mark}), label=f"{value:g}"))
+        legend = figure.legend(
+            handles=handles,
+            loc=f"outside upper {place}",
+            ncols=len(handles),
+            handlelength=2.2,
+            handletextpad=0.5,
+            columnspacing=1.0,
+            borderpad=0.1,
+        )
+        legend.get_texts()[0].set_color(MUTED)
+
+
+# The data set and the model
+
+
+def samples(images: np.ndarray, labels: np.ndarray, rows: int = 4) -> Figure:
+    """The first ``rows`` images of each class, a column a class. images: (N, 28, 28) uint8, labels: (N,)."""
+    with mpl.rc_context(_STYLE):
+        figure = _figure(0.64 * rows + 0.25)
+        grid = figure.subplots(rows, len(CLASSES), squeeze=False)
+        for label, column in enumerate(grid.T):
+            column[0].set_title(CLASSES[label], fontsize=7, pad=3)
+            for axis, image in zip(column, images[labels == label], strict=False):
+                _show(axis, image)
+        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.0, hspace=0.0)
+    return figure
+
+
+def _show(axis: Axes, image: np.ndarray) -> None:
+    axis.imshow(image, cmap="gray_r", vmin=0, vmax=255, interpolation="none")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set(visible=True, color=FAINT)
+
+
+def architecture(model: MlpMixer, image: np.ndarray) -> Figure:
+    """The model from image to logits and, below, one block; all sizes are read off ``model``. image: (H, W) uint8."""
+    with mpl.rc_context(_STYLE):
+        figure = _figure(HEIGHT)
+        figure.set_layout_engine("none")
+        axis = figure.add_axes((0, 0, 1, 1))
+        axis.axis("off")
+        _draw_model(axis, model, image)
+        _draw_block(axis, model)
+    return figure
+
+
+HEIGHT = 3.4  # inches, of the drawing, whose coordinates are inches
+NEUTRAL, TOKENS, CHANNELS = "#F4F4F4", "#FBE6C8", "#D3E0F1"
+
+
+def _draw_model(axis: Axes, model: MlpMixer, image: np.ndarray) -> None:
+    middle, left, size = 2.85, 0.1, 0.86
+    height, width = image.shape
+    patch_height, patch_width = model.patch_size
+    bottom = middle - size / 2
+    axis.imshow(image, cmap="gray_r", extent=(left, left + size, bottom, bottom + size), interpolation="none", zorder=1)
+    for cut in range(0, height + 1, patch_height):
+        axis.plot([left, left + size], [bottom + size * cut / height] * 2, color=ORANGE, linewidth=0.5)
+    for cut in range(0, width + 1, patch_width):
+        axis.plot([left + size * cut / width] * 2, [bottom, bottom + size], color=ORANGE, linewidth=0.5)
+    axis.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))  # imshow has set its own
+    _text(axis, left + size / 2, bottom - 0.12, f"{height} × {width} pixels")
+
+    table = f"{model.num_patches}×{model.num_channels}"
+    pixels, channels = patch_height * patch_width, model.num_channels
+    _arrow(axis, 0.96, 1.66, middle, f"{model.num_patches} patches", f"of {patch_height} × {patch_width}")
+    _box(axis, 1.66, middle, 0.58, 0.5, f"stem\n{pixels} → {channels}", NEUTRAL)
+    _arrow(axis, 2.24, 2.64, middle, table)
+    for depth in (2, 1, 0):
+        _box(axis, 2.64 + 0.05 * depth, middle + 0.05 * depth, 0.70, 0.5, "", NEUTRAL)
+    _text(axis, 2.99, middle, f"{model.num_blocks} mixer\nblocks")
+    _arrow(axis, 3.44, 3.84, middle, table)
+    _box(axis, 3.84, middle, 0.66, 0.5, "LayerNorm", NEUTRAL)
+    _arrow(axis, 4.50, 4.64, middle)
+    _box(axis, 4.64, middle, 0.62, 0.5, "mean over\npatches", NEUTRAL)
+    _arrow(axis, 5.26, 5.58, middle, f"{channels}")
+    _box(axis, 5.58, middle, 0.62, 0.5, f"head\n{channels} → {model.num_classes}", NEUTRAL)
+    for corner, x in ((2.64, 0.08), (3.34, WIDTH - 0.08)):  # the block, opened
+        axis.plot([corner, x], [middle - 0.25, 1.86], **_DOTTED)
+
+
+def _draw_block(axis: Axes, model: MlpMixer) -> None:
+    axis.plot(np.array([0.08, 0.08, WIDTH - 0.08, WIDTH - 0.08, 0.08]), [0.08, 1.86, 1.86, 0.08, 0.08], **_DOTTED)
+    patches, channels = model.num_patches, model.num_channels
+    _draw_half(axis, 0.14, "X", "token mixing, for every channel", patches, model.patches_mlp_dim, TOKENS, True)
+    _draw_half(axis, 3.16, "U", "channel mixing, for every patch", channels, model.channels_mlp_dim, CHANNELS, False)
+    _text(axis, 6.12, 0.85, "Y", style="italic")
+
+
+def _draw_half(
+    axis: Axes, left: float, name: str, title: str, size: int, hidden: int, fill: str, transposed: bool
+) -> None:
+    middle, bypass, plus = 0.72, 1.36, left + 2.78
+    _text(axis, left + 0.11, middle + 0.13, name, style="italic")
+    _arrow(axis, left, left + 0.36, middle)
+    _box(axis, left + 0.36, middle, 0.24, 0.9, "LayerNorm", NEUTRAL, rotation=90)
+    start, end = left + 0.72, left + 2.58
+    _arrow(axis, start - 0.12, start, middle)
+    _arrow(axis, end, plus - 0.07, middle)
+    if transposed:
+        for x in (start, end - 0.24):
+            _box(axis, x, middle, 0.24, 0.9, "transpose", NEUTRAL, rotation=90)
+        start, end = start + 0.36, end - 0.36
+        _arrow(axis, start - 0.12, start, middle)
+        _arrow(axis, end, end + 0.12, middle)
+    width = (end - start - 0.24) / 3
+    for turn, label in enumerate((f"{size}\n↓\n{hidden}", "GELU", f"{hidden}\n↓\n{size}")):
+        x = start + turn * (width + 0.12)
+        _box(axis, x, middle, width, 0.9, label, fill)
+        if turn:
+            _arrow(axis, x - 0.12, x, middle)
+    axis.add_patch(Circle((plus, middle), 0.07, facecolor="white", edgecolor=INK, linewidth=0.7, zorder=3))
+    _text(axis, plus, middle - 0.008, "+")
+    axis.plot([left + 0.22, left + 0.22, plus], [middle, bypass, bypass], color=INK, linewidth=0.7)
+    axis.annotate("", (plus, middle + 0.07), (plus, bypass), arrowprops=_ARROW)
+    axis.plot([plus + 0.07, plus + 0.24], [middle] * 2, color=INK, linewidth=0.7)
+    _text(axis, (left + 0.22 + plus) / 2, bypass + 0.09, "skip connection", color=MUTED)
+    _text(axis, (left + 0.22 + plus) / 2, bypass + 0.33, title, fontsize=7.5)
+
+
+_DOTTED = {"color": MUTED, "linewidth": 0.6, "linestyle": (0, (2, 2))}
+_ARROW = {
+    "arrowstyle": "-|>,head_width=0.13,head_length=0.26",
+    "linewidth": 0.7,
+    "color": INK,
+    "shrinkA": 0,
+    "shrinkB": 0,
+}
+
+
+def _arrow(axis: Axes, start: float, end: float, y: float, above: str = "", below: str = "") -> None:
+    axis.annotate("", (end, y), (start, y), arrowprops=_ARROW)
+    _text(axis, (start + end) / 2 - 0.03, y + 0.1, above, fontsize=6.3)
+    _text(axis, (start + end) / 2 - 0.03, y - 0.1, below, fontsize=6.3)
+
+
+def _box(
+    axis: Axes, left: float, middle: float, width: float, height: float, label: str, fill: str, rotation: float = 0
+) -> None:
+    box = FancyBboxPatch(
+        (left, middle - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.04", facecolor=fill
+    )
+    box.set(edgecolor=INK, linewidth=0.7, zorder=2)
+    axis.add_patch(box)
+    _text(axis, left + width / 2, middle, label, rotation=rotation)
+
+
+def _text(axis: Axes, x: float, y: float, label: str, **style) -> None:
+    axis.text(x, y, label, ha="center", va="center", zorder=4, **({"fontsize": 7} | style))
+
+
+# What the best run gets wrong
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
+    """Confusion matrix in counts and each class's accuracy with its 95% interval. Both (N,), class numbers."""
+    table = per_class(labels, predictions)
+    counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
+    np.add.at(counts, (labels, predictions), 1)
+    with mpl.rc_context(_STYLE):
+        figure = _figure(3.6)
+        matrix, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
+        norm = PowerNorm(0.4, vmin=0, vmax=counts.sum(axis=1).max())  # a linear scale would hide the mistakes
+        matrix.imshow(counts, cmap="Blues", norm=norm, aspect="auto", interpolation="none")
+        for row, column in np.argwhere(counts):
+            count = counts[row, column]
+            colour = "white" if norm(count) > 0.6 else INK
+            matrix.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=6.5)
+        matrix.set_xticks(range(len(CLASSES)), CLASSES, rotation=40, ha="right", rotation_mode="anchor")
+        matrix.set_yticks(range(len(CLASSES)), CLASSES)
+        matrix.set(xlabel="predicted", ylabel="true")
+        matrix.grid(False)
+        matrix.tick_params(length=0)
+        accuracy = table["accuracy"].to_numpy()
+        reach = np.abs(table[["low", "high"]].to_numpy().T - accuracy)
+        bars.barh(range(len(CLASSES)), accuracy, height=0.62, color="#9DB6D6")
+        bars.errorbar(accuracy, range(len(CLASSES)), xerr=reach, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5)
+        for row, value in enumerate(accuracy):
+            bars.text(0.02, row, f"{value:.1%}", va="center", fontsize=6.5)
+        bars.set(xlim=(0, 1), xlabel="accuracy")
+        bars.xaxis.set_major_formatter(_PERCENT)
+        bars.grid(axis="y", visible=False)
+        bars.tick_params(axis="y", length=0)
+    return figure
+
+
+def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, rows: int = 2) -> Figure:
+    """The wrong predictions that the model is surest of, ``rows`` of eight, surest first.
+
+    images: (N, 28, 28) uint8; labels: (N,); probabilities: (N, 10), of the softmax.
+    """
+    predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(predictions != labels)
+    surest = wrong[np.argsort(-confidence[wrong], kind="stable")]
+    with mpl.rc_context(_STYLE):
+        figure = _figure(1.22 * rows)
+        places = figure.subplots(rows, 8, squeeze=False).ravel()
+        for place in places[len(surest) :]:
+            place.axis("off")
+        for place, index in zip(places, surest, strict=False):
+            _show(place, images[index])
+            place.set_title(CLASSES[labels[index]], fontsize=7, pad=3)
+            place.set_xlabel(f"→ {CLASSES[predictions[index]]}\n{confidence[index]:.2%}", fontsize=7, labelpad=3)
+        figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02)
+    return figure

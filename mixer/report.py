@@ -1,0 +1,618 @@
+"""What the records say: the numbers, tables and sentences that notebook and report share.
+
+    python -m mixer.report [RESULTS]        writes report/generated/, which report.tex reads
+
+The sentences follow from the numbers: other records give another verdict, and records of a training shorter or
+longer than the coursework's say that they are preliminary and decide nothing.
+"""
+
+import argparse
+import inspect
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pandas as pd
+
+from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD
+from mixer.grid import RESULTS, RecordError, best, coursework, read_records
+from mixer.model import MlpMixer
+from mixer.train import Config, Record, best_epoch, write_whole
+
+GENERATED = Path(__file__).parent.parent / "report" / "generated"
+
+# The coursework's claim, and what its accuracy was measured on.
+THEIR_ACCURACY = 0.8917
+THEIR_CONFIG = Config(lr=0.01, dropout_p=0.1, batch_size=256, num_epochs=60)
+TEST_IMAGES = 10_000
+
+CLOSE = 0.001  # claim C3 asks when a curve comes this close to its best
+PARTED = 0.01  # train accuracy has left test accuracy behind when it stays this far above it
+
+_ENVIRONMENT = ("device", "threads", "precision", "path", "torch")
+_HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+
+
+def load(results: Path = RESULTS) -> list[Record]:
+    """The coursework's eight records, with everything in them that the report needs. Raises RecordError, OSError."""
+    records = coursework(read_records(results))
+    for record in records:
+        parts = [(record["environment"], _ENVIRONMENT), *((epoch, _HISTORY) for epoch in record["history"])]
+        for part, names in parts:
+            missing = [name for name in names if name not in part]
+            if missing:
+                raise RecordError(
+                    f"The record of {Config(**record['config']).name} lacks {missing[0]}: take it away and run "
+                    "`make grid`, or fetch it again with git."
+                )
+    if all(record["diverged"] for record in records):
+        raise RecordError("All eight runs diverged, so there is nothing to report: see their records.")
+    return records
+
+
+def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (Wilson 1927) of a proportion, as fractions. Raises ValueError."""
+    if not 0 <= correct <= n or n == 0:
+        raise ValueError(f"{correct} of {n} is no proportion")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share = correct / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return max(0.0, middle - reach), min(1.0, middle + reach)
+
+
+def interval(accuracy: float) -> tuple[float, float]:
+    """The 95 % interval of an accuracy on the test set."""
+    return wilson(round(accuracy * TEST_IMAGES), TEST_IMAGES)
+
+
+def parameters() -> pd.DataFrame:
+    """The coursework model's parameters by part: columns part, sizes and parameters (a count); the last row sums."""
+    model = MlpMixer()
+    blocks, patches, channels = model.num_blocks, model.num_patches, model.num_channels
+    rows = {
+        "stem": ("stem", f"{math.prod(model.patch_size)} → {channels}"),
+        "patches_norm": ("token mixing, LayerNorm", f"{blocks} × {channels}"),
+        "patches": ("token mixing, MLP", f"{blocks} × ({patches} → {model.patches_mlp_dim} → {patches})"),
+        "channels_norm": ("channel mixing, LayerNorm", f"{blocks} × {channels}"),
+        "channels": ("channel mixing, MLP", f"{blocks} × ({channels} → {model.channels_mlp_dim} → {channels})"),
+        "norm": ("last LayerNorm", f"{channels}"),
+        "head": ("head", f"{channels} → {model.num_classes}"),
+    }
+    counts = dict.fromkeys(rows, 0)
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[-2]  # blocks.0.patches_in.weight -> patches_in
+        counts[part.removesuffix("_in").removesuffix("_out")] += parameter.numel()
+    table = pd.DataFrame([(*rows[part], counts[part]) for part in rows], columns=["part", "sizes", "parameters"])
+    table.loc[len(table)] = ("whole model", "", sum(counts.values()))
+    return table
+
+
+def summary(records: Iterable[Record]) -> pd.DataFrame:
+    """One row a run: its settings, best and last epoch, gap between train and test, Wilson interval of the best.
+
+    Accuracies are fractions; ``gap`` is train minus test accuracy in the last epoch; ``low`` and ``high`` bound
+    ``best_test_accuracy`` with 95% confidence. A run that diverged has the epochs before, or NaN.
+    """
+    rows = []
+    for record in records:
+        row = {name: record["config"][name] for name in ("lr", "dropout_p", "batch_size", "seed", "num_epochs")}
+        row["diverged"] = record["diverged"] is not None
+        if record["history"]:
+            top, last = best_epoch(record), record["history"][-1]
+            row["best_epoch"] = top["epoch"]
+            row["best_test_accuracy"] = top["test_accuracy"]
+            row["low"], row["high"] = interval(top["test_accuracy"])
+            row["last_test_accuracy"] = last["test_accuracy"]
+            row["last_train_accuracy"] = last["train_accuracy"]
+            row["gap"] = last["train_accuracy"] - last["test_accuracy"]
+        rows.append(row)
+    results = ("best_epoch", "best_test_accuracy", "low", "high", "last_test_accuracy", "last_train_accuracy", "gap")
+    table = pd.DataFrame(rows).reindex(columns=[*_SETTINGS, "seed", "num_epochs", *results, "diverged"])
+    return table.astype({"best_epoch": "Int64"})
+
+
+_SETTINGS = ("lr", "dropout_p", "batch_size")
+
+
+# The claims
+
+
+@dataclass(frozen=True)
+class Claim1:
+    """Is 89.17 % reached, and by the named set? Accuracies are fractions, differences too."""
+
+    reached_best: int  # runs that reach it in their best epoch
+    reached_last: int  # runs that reach it in their last epoch
+    winner: Record  # the run with the highest test accuracy of any epoch
+    is_named: bool  # the winner is the set that the coursework names
+    by_epoch: float  # best minus last epoch, mean over the runs: what picking the epoch on the test set gives
+    by_set: float  # best run minus mean of the runs, last epochs: what picking the run on the test set gives
+
+
+def claim1(records: Sequence[Record]) -> Claim1:
+    """C1: the best run reaches 89.17 % and is lr 0.01, dropout 0.1, batch size 256."""
+    table = summary(r for r in records if not r["diverged"])
+    winner = best(r for r in records if not r["diverged"])
+    return Claim1(
+        reached_best=int((table["best_test_accuracy"] >= THEIR_ACCURACY).sum()),
+        reached_last=int((table["last_test_accuracy"] >= THEIR_ACCURACY).sum()),
+        winner=winner,
+        is_named=_settings(winner) == _settings({"config": vars(THEIR_CONFIG)}),
+        by_epoch=float((table["best_test_accuracy"] - table["last_test_accuracy"]).mean()),
+        by_set=float(table["last_test_accuracy"].max() - table["last_test_accuracy"].mean()),
+    )
+
+
+@dataclass(frozen=True)
+class Claim2:
+    """How far the curves lie apart. A curve's level is its mean test accuracy over the last quarter of the epochs."""
+
+    epochs: int  # in that quarter
+    spread: float  # highest minus lowest level
+    deviation: float  # standard deviation of the levels
+    interval: float  # width of the 95% interval of one accuracy near these levels
+    wobble: float  # root mean square change from one epoch to the next, last half of the training, all runs
+    effects: dict[str, float]  # setting -> level at its higher value minus level at its lower, mean over pairs
+    diverged: int  # runs that have no level
+
+
+def claim2(records: Sequence[Record]) -> Claim2:
+    """C2: the curves show minimal variance between the eight sets."""
+    finished = [r for r in records if not r["diverged"]]
+    curves = np.array([_curve(r, "test_accuracy") for r in finished])
+    count = curves.shape[1]
+    quarter = max(1, count // 4)
+    levels = curves[:, -quarter:].mean(axis=1)
+    steps = np.diff(curves[:, -max(2, count // 2) :])
+    low, high = interval(float(levels.mean()))
+    table = pd.DataFrame([_settings(r) for r in finished], columns=_SETTINGS).assign(level=levels)
+    effects = {}
+    for name in _SETTINGS:  # from pairs of runs that differ in this setting alone
+        pairs = table.pivot(index=[other for other in _SETTINGS if other != name], columns=name, values="level")
+        effects[name] = float((pairs.iloc[:, -1] - pairs.iloc[:, 0]).mean())
+    return Claim2(
+        epochs=quarter,
+        spread=float(np.ptp(levels)),
+        deviation=float(levels.std(ddof=1)) if len(levels) > 1 else 0.0,
+        interval=high - low,
+        wobble=float(np.sqrt((steps**2).mean())) if steps.size else 0.0,
+        effects=effects,
+        diverged=len(records) - len(finished),
+    )
+
+
+def claim3(records: Iterable[Record]) -> pd.DataFrame:
+    """C3: 60 epochs are enough. One row for each run that did not diverge, epochs counted from 1.
+
+    close_epoch: the first within 0.1 points of the run's best test accuracy. rise: mean test accuracy of the last
+    quarter of the epochs minus that of the quarter before. parted_epoch: from here on train accuracy stays more than
+    a point above test accuracy (NA: it never does). lowest_loss_epoch: of the test loss.
+    """
+    rows = []
+    for record in (r for r in records if not r["diverged"]):
+        test, train = _curve(record, "test_accuracy"), _curve(record, "train_accuracy")
+        quarter = max(1, len(test) // 4)
+        before = test[-2 * quarter : -quarter]
+        together = np.flatnonzero(train - test <= PARTED)
+        parted = int(together[-1]) + 2 if together.size else 1
+        rows.append(
+            (
+                *_settings(record),
+                int(np.argmax(test >= test.max() - CLOSE - 1e-9)) + 1,
+                best_epoch(record)["epoch"],
+                float(test[-quarter:].mean() - before.mean()) if before.size else math.nan,
+                parted if parted <= len(test) else None,
+                int(np.argmin(_curve(record, "test_loss"))) + 1,
+            )
+        )
+    columns = [*_SETTINGS, "close_epoch", "best_epoch", "rise", "parted_epoch", "lowest_loss_epoch"]
+    return pd.DataFrame(rows, columns=columns).astype({"parted_epoch": "Int64"})
+
+
+def _curve(record: Record, name: str) -> np.ndarray:
+    return np.array([epoch[name] for epoch in record["history"]])
+
+
+def _settings(record: Record) -> tuple[float, float, int]:
+    return tuple(record["config"][name] for name in _SETTINGS)
+
+
+# The claims in words
+
+
+def answers(records: Sequence[Record]) -> dict[str, str]:
+    """C1 to C5 -> the answer that these records give, in plain text."""
+    return {
+        "C1": answer1(records),
+        "C2": answer2(records),
+        "C3": answer3(records),
+        "C4": "Open: it takes trainings without the skip connections, which are still to come.",
+        "C5": "Open: it takes trainings with other patch sizes, which are still to come.",
+    }
+
+
+def preliminary(records: Sequence[Record]) -> bool:
+    """Whether these records are of another length than the coursework's training, and so decide nothing."""
+    return records[0]["config"]["num_epochs"] != THEIR_CONFIG.num_epochs
+
+
+def answer1(records: Sequence[Record]) -> str:
+    claim = claim1(records)
+    top, last = best_epoch(claim.winner), claim.winner["history"][-1]
+    low, high = interval(top["test_accuracy"])
+    theirs = f"{THEIR_ACCURACY:.2%}"
+    if claim.reached_best:
+        reached = (
+            f"{theirs} is reached by {_of(claim.reached_best, len(records))} parameter sets in their best epoch and by "
+            f"{_count(claim.reached_last)} in the last."
+        )
+        verdict = "Yes" if claim.is_named else "In part"
+    else:
+        reached = f"No parameter set reaches {theirs} in any epoch."
+        verdict = "No"
+    named = "the one that the coursework names" if claim.is_named else "not the one that the coursework names"
+    inside = low <= THEIR_ACCURACY <= high
+    place = "inside" if inside else "above" if high < THEIR_ACCURACY else "below"
+    return _sentences(
+        _open_or(records, verdict),
+        reached,
+        f"The best run is {named}: {_label(_settings(claim.winner))}, with {top['test_accuracy']:.2%} in epoch "
+        f"{top['epoch']} and {last['test_accuracy']:.2%} in the last.",
+        f"On {TEST_IMAGES:,} images the 95% interval of its best epoch goes from {low:.2%} to {high:.2%}, and "
+        f"{theirs} lies {place} it.",
+        "" if claim.is_named else _named_run(records),
+        f"Picking the best epoch rather than the last adds {_points(claim.by_epoch)} to a run on average, and picking "
+        f"the best of the runs rather than an average one {_points(claim.by_set)}; both picks are made on the "
+        "test set, so both flatter the result.",
+    )
+
+
+def _named_run(records: Sequence[Record]) -> str:
+    named = next(r for r in records if _settings(r) == _settings({"config": vars(THEIR_CONFIG)}))
+    if named["diverged"]:
+        return "The set that it names diverged here."
+    top, last = best_epoch(named), named["history"][-1]
+    return (
+        f"The set that it names has {top['test_accuracy']:.2%} in its best epoch ({top['epoch']}) and "
+        f"{last['test_accuracy']:.2%} in its last."
+    )
+
+
+def answer2(records: Sequence[Record]) -> str:
+    claim = claim2(records)
+    holds = claim.spread <= claim.interval and not claim.diverged
+    if claim.diverged:
+        verdict = f"No: {_of(claim.diverged, len(records))} runs diverged"
+    else:
+        verdict = "Yes, as far as one test set can tell" if holds else "No"
+    over = "in the last epoch" if claim.epochs == 1 else f"as means over the last {claim.epochs} epochs"
+    than = "less than" if claim.spread <= claim.interval else "more than"
+    effects = {_NAMES[name]: abs(effect) for name, effect in claim.effects.items()}
+    strongest = max(effects, key=effects.get)
+    others = " and ".join(f"{_points(effect)} for {name}" for name, effect in effects.items() if name != strongest)
+    return _sentences(
+        _open_or(records, verdict),
+        f"The highest and the lowest curve lie {_points(claim.spread)} apart ({over}; standard deviation "
+        f"{_points(claim.deviation)}), {than} the {_points(claim.interval)} from end to end of the 95% interval of "
+        "a single accuracy.",
+        f"In the second half of the training a curve changes by {_points(claim.wobble)} from one epoch to the next "
+        "(root mean square).",
+        f"{strongest.capitalize()} matters most: its two values differ by {_points(effects[strongest])} on average, "
+        f"against {others}.",
+        "All of this rests on one seed, which cannot separate the effect of a setting from that of chance; more "
+        "seeds have to settle it.",
+    )
+
+
+_NAMES = {"lr": "learning rate", "dropout_p": "dropout", "batch_size": "batch size"}
+
+
+def answer3(records: Sequence[Record]) -> str:
+    table = claim3(records)
+    num_epochs = records[0]["config"]["num_epochs"]
+    rising, falling = int((table["rise"] > CLOSE).sum()), int((table["rise"] < -CLOSE).sum())
+    parted = table["parted_epoch"].dropna()
+    if rising:
+        verdict = f"No: {_of(rising, len(table))} curves {_verb(rising, 'is', 'are')} still rising at the end"
+    else:
+        verdict = "Yes"
+    if not len(parted):
+        parting = "In no run does train accuracy stay more than a point above test accuracy."
+    else:
+        never = len(table) - len(parted)
+        parting = (
+            f"The epoch from which train accuracy stays more than a point above test accuracy is {_epochs(parted)}"
+            + (f"; {_of(never, len(table))} runs do not get there." if never else ".")
+        )
+    return _sentences(
+        _open_or(records, verdict),
+        f"The epoch in which a curve first comes within 0.1 points of its best is {_epochs(table['close_epoch'])}.",
+        f"From the {_quarter(num_epochs)} to the last, {_of(rising, len(table))} curves "
+        f"{_verb(rising, 'gains', 'gain')} more than 0.1 points of mean test accuracy and {_count(falling)} "
+        f"{_verb(max(falling, 1), 'loses', 'lose')} as much.",
+        parting,
+        f"The epoch with the lowest test loss is {_epochs(table['lowest_loss_epoch'])}.",
+    )
+
+
+def _open_or(records: Sequence[Record], verdict: str) -> str:
+    """The verdict, or that there cannot be one yet."""
+    if not preliminary(records):
+        return f"{verdict}."
+    return (
+        f"Undecided: a preliminary training of {records[0]['config']['num_epochs']} epochs, not "
+        f"{THEIR_CONFIG.num_epochs}, cannot decide this claim."
+    )
+
+
+def _quarter(num_epochs: int) -> str:
+    return "third quarter of the epochs" if num_epochs >= 4 else "last epoch but one"
+
+
+def _epochs(column: pd.Series) -> str:
+    low, high = int(column.min()), int(column.max())
+    return f"{low}" if low == high else f"between {low} and {high} (median {float(column.median()):g})"
+
+
+def _of(count: int, all_: int) -> str:
+    return f"all {_count(all_)}" if count == all_ else f"{_count(count)} of the {_count(all_)}"
+
+
+def _count(number: int) -> str:
+    words = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight")
+    return words[number] if number < len(words) else str(number)
+
+
+def _verb(count: int, one: str, many: str) -> str:
+    return one if count == 1 else many
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:.2f} points"
+
+
+def _label(settings: tuple[float, float, int]) -> str:
+    lr, dropout_p, batch_size = settings
+    return f"learning rate {lr:g}, dropout {dropout_p:g}, batch size {batch_size}"
+
+
+def _sentences(*sentences: str) -> str:
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+# The best run's mistakes
+
+
+def per_class(labels: np.ndarray, predictions: np.ndarray) -> pd.DataFrame:
+    """One row a class: images, correct, accuracy (of the images of that class), its 95% interval low and high, and
+    the class that it is most often taken for. Both arrays (N,) of class numbers."""
+    rows = []
+    for label, name in enumerate(CLASSES):
+        predicted = np.bincount(predictions[labels == label], minlength=len(CLASSES))
+        n, correct = int(predicted.sum()), int(predicted[label])
+        predicted[label] = -1
+        mistaken = CLASSES[int(predicted.argmax())] if predicted.max() > 0 else ""
+        rows.append((name, n, correct, correct / n, *wilson(correct, n), mistaken))
+    return pd.DataFrame(rows, columns=["class", "images", "correct", "accuracy", "low", "high", "taken_for"])
+
+
+def mistakes_in_words(labels: np.ndarray, predictions: np.ndarray) -> str:
+    """What the confusion matrix shows, in plain text."""
+    table = per_class(labels, predictions).sort_values("accuracy", kind="stable")
+    worst, top = table.iloc[0], table.iloc[-1]
+    wrong = labels != predictions
+    shirts = [CLASSES.index(name) for name in ("T-shirt/top", "Pullover", "Dress", "Coat", "Shirt")]
+    upper = wrong & np.isin(labels, shirts) & np.isin(predictions, shirts)
+    return _sentences(
+        f"Of {len(labels):,} test images {int(wrong.sum()):,} are classified wrongly.",
+        f"The hardest class is {worst['class']}, with {worst['accuracy']:.1%} of its images right and most often "
+        f"taken for {worst['taken_for']}; the easiest is {top['class']} with {top['accuracy']:.1%}.",
+        f"{upper.sum() / max(1, wrong.sum()):.0%} of all mistakes are made within the five classes that cover the "
+        "upper body (T-shirt/top, pullover, dress, coat, shirt).",
+    )
+
+
+def write_mistakes(labels: np.ndarray, predictions: np.ndarray, folder: Path = GENERATED) -> None:
+    """``mistakes.tex`` for the report, from predictions made live in the notebook. Raises OSError."""
+    write_whole(folder / "mistakes.tex", (_latex(mistakes_in_words(labels, predictions)) + "\n").encode())
+
+
+# LaTeX
+
+
+def write(records: Sequence[Record], folder: Path = GENERATED) -> None:
+    """Write what report.tex reads, except what the notebook writes: macros and tables. Raises OSError."""
+    files = {
+        "numbers.tex": _macros(records),
+        "configuration.tex": _configuration(),
+        "parameters.tex": _parameters(),
+        "results.tex": _results(records),
+        "convergence.tex": _convergence(records),
+        "reproduction.tex": _reproduction(records),
+    }
+    for name, content in files.items():
+        write_whole(folder / name, content.encode())
+
+
+def _macros(records: Sequence[Record]) -> str:
+    claim = claim1(records)
+    top, last = best_epoch(claim.winner), claim.winner["history"][-1]
+    low, high = interval(top["test_accuracy"])
+    their_low, their_high = interval(THEIR_ACCURACY)
+    diverged = [_label(_settings(r)) for r in records if r["diverged"]]
+    values = {
+        "numEpochs": f"{records[0]['config']['num_epochs']}",
+        "theirEpochs": f"{THEIR_CONFIG.num_epochs}",
+        "testImages": f"{TEST_IMAGES:,}",
+        "parameterCount": f"{parameters()['parameters'].iloc[-1]:,}",
+        "theirAccuracy": f"{THEIR_ACCURACY:.2%}",
+        "theirLow": f"{their_low:.2%}",
+        "theirHigh": f"{their_high:.2%}",
+        "theirSet": _label(_settings({"config": vars(THEIR_CONFIG)})),
+        "bestAccuracy": f"{top['test_accuracy']:.2%}",
+        "bestLow": f"{low:.2%}",
+        "bestHigh": f"{high:.2%}",
+        "bestEpoch": f"{top['epoch']}",
+        "bestLast": f"{last['test_accuracy']:.2%}",
+        "bestSet": _label(_settings(claim.winner)),
+        "pixelMean": f"{PIXEL_MEAN:.3f}",
+        "pixelDeviation": f"{PIXEL_STD:.3f}",
+        "gridTime": _training_time(records),
+        "device": _from_records(records, "device"),
+        "computePath": _from_records(records, "path"),
+        "divergedNote": f"Diverged, so without a curve or cut short: {'; '.join(diverged)}." if diverged else "",
+    }
+    number = {"C1": "One", "C2": "Two", "C3": "Three", "C4": "Four", "C5": "Five"}
+    values |= {f"answer{number[claim]}": answer for claim, answer in answers(records).items()}
+    lines = [f"\\newcommand{{\\{name}}}{{{_latex(value)}}}" for name, value in values.items()]
+    lines += ["\\newif\\ifpreliminary", f"\\preliminary{'true' if preliminary(records) else 'false'}"]
+    return "\n".join(lines) + "\n"
+
+
+def _configuration() -> str:
+    defaults = inspect.signature(MlpMixer).parameters
+    meaning = {
+        "num_classes": "classes",
+        "num_blocks": "mixer blocks",
+        "patch_size": "pixels of a patch",
+        "num_patches": "patches $S$ of an image",
+        "num_channels": "channels $C$ of a patch",
+        "patches_mlp_dim": "hidden units $D_S$ of token mixing",
+        "channels_mlp_dim": "hidden units $D_C$ of channel mixing",
+    }
+    rows = [(_code(name), _latex(f"{defaults[name].default}"), text) for name, text in meaning.items()]
+    return _table("lrl", ("argument", "value", "meaning"), rows)
+
+
+def _parameters() -> str:
+    table = parameters()
+    rows = [(_latex(part), _latex(sizes), f"{count:,}") for part, sizes, count in table.itertuples(index=False)]
+    return _table("llr", ("part", "sizes", "parameters"), rows, rule_before_last=True)
+
+
+def _results(records: Sequence[Record]) -> str:
+    table = summary(records)
+    first = table["best_test_accuracy"].idxmax()
+    rows = []
+    for index, run in table.iterrows():
+        row = [f"{run['lr']:g}", f"{run['dropout_p']:g}", f"{run['batch_size']}"]
+        if run["diverged"]:
+            where = records[index]["diverged"]
+            row.append(rf"\multicolumn{{6}}{{c}}{{diverged in epoch {where['epoch']}, step {where['step']}}}")
+        else:
+            top = f"{100 * run['best_test_accuracy']:.2f}"
+            row += [
+                rf"\textbf{{{top}}}" if index == first else top,
+                f"[{100 * run['low']:.2f}, {100 * run['high']:.2f}]",
+                f"{run['best_epoch']}",
+                f"{100 * run['last_test_accuracy']:.2f}",
+                f"{100 * run['last_train_accuracy']:.2f}",
+                f"{100 * run['gap']:.2f}",
+            ]
+        rows.append(row)
+    heads = ("lr", "dropout", "batch", "best", "95\\% interval", "epoch", "last", "train, last", "gap")
+    return _table("rrrrcrrrr", heads, rows)
+
+
+def _convergence(records: Sequence[Record]) -> str:
+    rows = [
+        (
+            f"{run.lr:g}",
+            f"{run.dropout_p:g}",
+            f"{run.batch_size}",
+            f"{run.close_epoch}",
+            f"{run.best_epoch}",
+            "--" if math.isnan(run.rise) else f"${100 * run.rise:+.2f}$",
+            "--" if pd.isna(run.parted_epoch) else f"{run.parted_epoch}",
+            f"{run.lowest_loss_epoch}",
+        )
+        for run in claim3(records).itertuples(index=False)
+    ]
+    heads = ("lr", "dropout", "batch", "within 0.1", "best", "rise", "parted", "lowest test loss")
+    return _table("rrrrrrrr", heads, rows)
+
+
+def _reproduction(records: Sequence[Record]) -> str:
+    claim = claim1(records)
+    top, last = best_epoch(claim.winner), claim.winner["history"][-1]
+    config = THEIR_CONFIG
+    said_nothing = "not stated"
+    seeds = ", ".join(str(seed) for seed in sorted({r["config"]["seed"] for r in records}))
+    rows = [
+        ("optimiser", said_nothing, "Adam, defaults of PyTorch"),
+        ("loss", said_nothing, "cross-entropy"),
+        ("learning rate", "0.01 or 0.001, schedule not stated", "0.01 or 0.001, constant"),
+        ("epochs", f"{config.num_epochs}", f"{records[0]['config']['num_epochs']}"),
+        ("initialisation", said_nothing, "as in Flax: LeCun normal, head zero"),
+        ("activation", said_nothing, "GELU, exact"),
+        ("dropout", "0 or 0.1, place not stated", "0 or 0.1, after GELU and each MLP's output"),
+        ("input", said_nothing, f"(pixel/255 − {PIXEL_MEAN:.3f})/{PIXEL_STD:.3f}"),
+        ("train accuracy", said_nothing, "running, with dropout on"),
+        ("seed", said_nothing, seeds),
+        ("selection", "best run on the test set", "the same, and the last epoch beside it"),
+        ("device", said_nothing, _from_records(records, "device")),
+        ("precision", said_nothing, _from_records(records, "precision")),
+        ("computation", said_nothing, _from_records(records, "path")),
+        ("PyTorch", said_nothing, _from_records(records, "torch")),
+        ("training time, all runs", said_nothing, _training_time(records)),
+        ("best run", _label(_settings({"config": vars(config)})), _label(_settings(claim.winner))),
+        (
+            "its best accuracy",
+            f"{THEIR_ACCURACY:.2%}, epoch not stated",
+            f"{top['test_accuracy']:.2%}, epoch {top['epoch']}",
+        ),
+        ("its last accuracy", said_nothing, f"{last['test_accuracy']:.2%}"),
+    ]
+    return _table(
+        r"@{}l>{\raggedright}p{0.32\textwidth}>{\raggedright\arraybackslash}p{0.42\textwidth}@{}",
+        ("", "coursework", "this reproduction"),
+        [tuple(_latex(cell) for cell in row) for row in rows],
+    )
+
+
+def _table(columns: str, heads: Sequence[str], rows: Iterable[Sequence[str]], rule_before_last: bool = False) -> str:
+    """A booktabs tabular of cells that are LaTeX already."""
+    lines = [" & ".join(row) + r" \\" for row in rows]
+    if rule_before_last:
+        lines.insert(-1, r"\midrule")
+    head = " & ".join(heads) + r" \\"
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *lines, r"\bottomrule"]
+    return "\n".join([*body, r"\end{tabular}"]) + "\n"
+
+
+def _latex(text: str) -> str:
+    special = {character: f"\\{character}" for character in "%&_#$"}
+    return text.translate(str.maketrans(special | {"×": r"$\times$", "→": r"$\to$", "−": "$-$"}))
+
+
+def _code(name: str) -> str:
+    return rf"\texttt{{{_latex(name)}}}"
+
+
+def _from_records(records: Iterable[Record], name: str) -> str:
+    """What the records say of where they were made; all of it, where they differ."""
+    return "; ".join(sorted({str(record["environment"][name]) for record in records}))
+
+
+def _training_time(records: Iterable[Record]) -> str:
+    seconds = sum(epoch["seconds"] for record in records for epoch in record["history"])
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mixer.report", description="Write what report/report.tex reads.")
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS, help="folder of the records")
+    try:
+        write(load(parser.parse_args(arguments).results))
+    except (RecordError, OSError) as error:
+        sys.exit(str(error))
+    print(f"Written to {GENERATED}")
+
+
+if __name__ == "__main__":
+    main()
