@@ -357,14 +357,15 @@ class _Bar(tqdm):
     """A progress bar over the steps of a run: epoch, loss, accuracies of the last epoch, time left."""
 
     def __init__(self, run: _Run, shown: bool, position: int | None):
-        self.num_epochs, self.accuracies, self.last_look = run.config.num_epochs, "", 0.0
+        self.run, self.accuracies, self.last_look = run, "", 0.0
         super().__init__(
             desc=run.config.name,
             total=run.config.num_epochs * run.steps_per_epoch,
             initial=run.epoch * run.steps_per_epoch,
             disable=not shown,
             position=position,
-            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {postfix} [{elapsed}<{remaining}]",
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
         )
 
     def step(self, epoch: int, loss: Tensor) -> None:
@@ -379,4 +380,5 @@ class _Bar(tqdm):
         self._show(epoch["epoch"], epoch["train_loss"])
 
     def _show(self, epoch: int, loss: float) -> None:
-        self.set_postfix_str(f"epoch {epoch}/{self.num_epochs}, loss {loss:.4f}{self.accuracies}")
+        config = self.run.config
+        self.set_description_str(f"{config.name} epoch {epoch}/{config.num_epochs}, loss {loss:.4f}{self.accuracies}")

@@ -77,7 +77,7 @@ def test_a_run_that_fails_is_named_at_the_end_and_the_others_go_on(quick, tmp_pa
         return working(config, **options)
 
     monkeypatch.setattr(module, "train", failing_train)
-    with pytest.raises(GridError, match=r"1 of .*lr0\.01.*the device is on fire") as error:
+    with pytest.raises(GridError, match=r"(?s)1 of .*lr0\.01.*the device is on fire") as error:
         run(TWO, tmp_path)
     assert list(error.value.failures) == [TWO[0]]
     assert [Config(**record["config"]) for record in read_records(tmp_path)] == [TWO[1]]
