@@ -110,7 +110,7 @@ def loss(histories: pd.DataFrame) -> Figure:
     histories: as ``mixer.grid.histories`` gives them. Raises ValueError.
     """
     with mpl.rc_context(_STYLE):
-        figure = _figure(2.75)
+        figure = _figure(2.6)
         axes = figure.subplots(1, 2, sharey=True)
         for axis, column, title in zip(axes, ("train_loss", "test_loss"), ("training", "test"), strict=True):
             _draw_curves(axis, histories, column)
@@ -124,7 +124,7 @@ def loss(histories: pd.DataFrame) -> Figure:
 def test_accuracy(histories: pd.DataFrame) -> Figure:
     """Fig. 2: test accuracy, one curve a run, and the coursework's best with its 95% interval."""
     with mpl.rc_context(_STYLE):
-        figure = _figure(3.2)
+        figure = _figure(3.0)
         axis = figure.subplots()
         low, high = interval(THEIR_ACCURACY)
         axis.axhspan(low, high, color="#F1F1F1", zorder=0)
@@ -144,7 +144,7 @@ def test_accuracy(histories: pd.DataFrame) -> Figure:
 def train_accuracy(histories: pd.DataFrame) -> Figure:
     """Fig. 3: running train accuracy, one curve a run."""
     with mpl.rc_context(_STYLE):
-        figure = _figure(2.75)
+        figure = _figure(2.6)
         _accuracy(figure, figure.subplots(), histories, "train_accuracy")
     return figure
 
@@ -230,7 +230,7 @@ def _legends(figure: Figure, histories: pd.DataFrame) -> None:
 # The data set and the model
 
 
-def samples(images: np.ndarray, labels: np.ndarray, rows: int = 4) -> Figure:
+def samples(images: np.ndarray, labels: np.ndarray, rows: int = 3) -> Figure:
     """The first ``rows`` images of each class, a column a class. images: (N, 28, 28) uint8, labels: (N,)."""
     with mpl.rc_context(_STYLE):
         figure = _figure(0.64 * rows + 0.25)
@@ -261,12 +261,12 @@ def architecture(model: MlpMixer, image: np.ndarray) -> Figure:
     return figure
 
 
-HEIGHT = 3.4  # inches, of the drawing, whose coordinates are inches
+HEIGHT = 3.15  # inches, of the drawing, whose coordinates are inches
 NEUTRAL, TOKENS, CHANNELS = "#F4F4F4", "#FBE6C8", "#D3E0F1"
 
 
 def _draw_model(axis: Axes, model: MlpMixer, image: np.ndarray) -> None:
-    middle, left, size = 2.85, 0.1, 0.86
+    middle, left, size = 2.68, 0.12, 0.8
     height, width = image.shape
     patch_height, patch_width = model.patch_size
     bottom = middle - size / 2
@@ -276,11 +276,11 @@ def _draw_model(axis: Axes, model: MlpMixer, image: np.ndarray) -> None:
     for cut in range(0, width + 1, patch_width):
         axis.plot([left + size * cut / width] * 2, [bottom, bottom + size], color=ORANGE, linewidth=0.5)
     axis.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))  # imshow has set its own
-    _text(axis, left + size / 2, bottom - 0.12, f"{height} × {width} pixels")
+    _text(axis, left + size / 2, bottom - 0.1, f"{height} × {width} pixels")
 
     table = f"{model.num_patches}×{model.num_channels}"
     pixels, channels = patch_height * patch_width, model.num_channels
-    _arrow(axis, 0.96, 1.66, middle, f"{model.num_patches} patches", f"of {patch_height} × {patch_width}")
+    _arrow(axis, 0.92, 1.66, middle, f"{model.num_patches} patches", f"of {patch_height} × {patch_width}")
     _box(axis, 1.66, middle, 0.58, 0.5, f"stem\n{pixels} → {channels}", NEUTRAL)
     _arrow(axis, 2.24, 2.64, middle, table)
     for depth in (2, 1, 0):
@@ -375,7 +375,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
     counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
     np.add.at(counts, (labels, predictions), 1)
     with mpl.rc_context(_STYLE):
-        figure = _figure(3.6)
+        figure = _figure(3.15)
         matrix, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
         norm = PowerNorm(0.4, vmin=0, vmax=counts.sum(axis=1).max())  # a linear scale would hide the mistakes
         matrix.imshow(counts, cmap="Blues", norm=norm, aspect="auto", interpolation="none")

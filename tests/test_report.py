@@ -1,0 +1,259 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixer import report
+from mixer.grid import RESULTS, RecordError, coursework, grid, read_records, record_path
+from mixer.train import Config
+
+TEX = Path(__file__).parent.parent / "report" / "report.tex"
+
+
+def record(config: Config, test, train=None, test_loss=None) -> dict:
+    """A record with these test and train accuracies and test losses, one an epoch."""
+    train, test_loss = train or test, test_loss or [0.5] * len(test)
+    names = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+    rows = zip(range(1, len(test) + 1), test_loss, train, test_loss, test, [1.5] * len(test), strict=True)
+    environment = {"device": "cpu: X_1", "threads": 2, "precision": "float32", "path": "plain", "torch": "2"}
+    return {
+        "format": 1,
+        "config": dataclasses.asdict(config),
+        "history": [dict(zip(names, row, strict=True)) for row in rows],
+        "diverged": None,
+        "environment": environment,
+    }
+
+
+def eight(best=0.9, num_epochs=60, others=0.88) -> list[dict]:
+    """Eight flat runs at ``others``; the coursework's best set has ``best`` in its tenth (or last) epoch."""
+    records = []
+    for config in grid(num_epochs=num_epochs):
+        named = dataclasses.replace(config, num_epochs=60) == report.THEIR_CONFIG
+        test = [others] * num_epochs
+        test[min(9, num_epochs - 1)] = best if named else others
+        records.append(record(config, test))
+    return records
+
+
+def diverge(run: dict, epochs: int = 0) -> None:
+    run["history"], run["diverged"] = run["history"][:epochs], {"epoch": epochs + 1, "step": 7}
+
+
+def put(records: list[dict], folder: Path) -> Path:
+    for run in records:
+        record_path(Config(**run["config"]), folder).write_text(json.dumps(run))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_published_intervals(correct, n, low, high):
+    assert report.wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+    assert report.wilson(n - correct, n) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_widens_with_confidence_and_refuses_nonsense():
+    assert report.wilson(90, 100, 0.99)[0] < report.wilson(90, 100, 0.95)[0]
+    for correct, n in ((1, 0), (3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match="no proportion"):
+            report.wilson(correct, n)
+
+
+def test_parameters_add_up_to_the_model():
+    table = report.parameters().set_index("part")["parameters"]
+    assert table["whole model"] == table.drop("whole model").sum() == 947_682
+    assert table["token MLPs"] == 8 * (49 * 1024 + 1024 + 1024 * 49 + 49)
+
+
+def test_summary_keeps_best_and_last_epoch_apart():
+    run = record(Config(num_epochs=3), test=[0.8, 0.9, 0.85], train=[0.7, 0.9, 0.95])
+    gone = record(Config(num_epochs=3, seed=1), test=[0.8, 0.9, 0.85])
+    diverge(gone)
+    first, second = report.summary([run, gone]).to_dict("records")
+    assert first["best_epoch"] == 2
+    assert first["best_test_accuracy"] == 0.9
+    assert (first["low"], first["high"]) == report.wilson(9000, 10_000)
+    assert first["last_test_accuracy"] == 0.85
+    assert first["gap"] == pytest.approx(0.10)
+    assert not first["diverged"]
+    assert second["diverged"]
+    assert np.isnan(second["best_test_accuracy"])
+
+
+def test_claim1_reached_by_the_named_set():
+    claim = report.claim1(eight(best=0.8917, others=0.88))
+    assert claim.is_named
+    assert (claim.reached_best, claim.reached_last) == (1, 0)
+    assert claim.by_epoch == pytest.approx((0.8917 - 0.88) / 8)
+    assert claim.by_set == pytest.approx(0)
+    answer = report.answer1(eight(best=0.8917))
+    assert answer.startswith("Yes.")
+    assert "one of the eight parameter sets in their best epoch and by none in the last" in answer
+
+
+def test_claim1_other_verdicts():
+    assert report.answer1(eight(best=0.8916)).startswith("No. No parameter set reaches 89.17%")
+    records = eight()
+    records[0]["history"][-1]["test_accuracy"] = 0.95
+    answer = report.answer1(records)
+    assert answer.startswith("In part.")
+    assert "learning rate 0.01, dropout 0, batch size 256, with 95.00% in epoch 60" in answer
+    assert "The set that it names has 90.00%" in answer
+    assert "89.17% lies below it" in answer
+    diverge(next(r for r in records if r["config"]["dropout_p"] and r["config"]["batch_size"] == 256))
+    assert "The set that it names diverged here." in report.answer1(records)
+
+
+def test_claim2_separates_settings():
+    records = [
+        record(c, [0.5] * 45 + [0.88 + 0.004 * (c.lr == 0.01) + 0.001 * (c.dropout_p == 0.1)] * 15) for c in grid()
+    ]
+    claim = report.claim2(records)
+    assert claim.epochs == 15
+    assert claim.spread == pytest.approx(0.005)
+    assert claim.effects == pytest.approx({"lr": 0.004, "dropout_p": 0.001, "batch_size": 0.0})
+    low, high = report.interval(0.8825)
+    assert claim.interval == pytest.approx(high - low)
+    assert "Learning rate matters most: its two values differ by 0.40 points" in report.answer2(records)
+
+
+def test_claim2_wobble_is_the_root_mean_square_step():
+    records = [record(c, [0.88, 0.882] * 30) for c in grid()]
+    assert report.claim2(records).wobble == pytest.approx(0.002)
+
+
+def test_claim2_both_verdicts():
+    assert report.answer2(eight()).startswith("Yes")
+    apart = [record(c, [0.88 if c.lr == 0.01 else 0.80] * 60) for c in grid()]
+    assert report.answer2(apart).startswith("No.")
+    diverge(apart[0])
+    assert report.answer2(apart).startswith("No: one of the eight runs diverged.")
+
+
+def test_claim2_names_no_effect_without_pairs():
+    records = eight()
+    for run in records[:4]:  # all of learning rate 0.01
+        diverge(run)
+    assert "matters most" not in report.answer2(records)
+
+
+def test_claim3_epochs():
+    test = [0.80, 0.85, 0.8895, 0.89, 0.8905, 0.89, 0.888, 0.888]
+    train = [0.70, 0.87, 0.8895, 0.90, 0.9100, 0.92, 0.930, 0.940]
+    loss = [0.6, 0.5, 0.4, 0.3, 0.35, 0.4, 0.5, 0.6]
+    (row,) = report.claim3([record(Config(num_epochs=8), test, train, loss)]).to_dict("records")
+    assert row["close_epoch"] == 3
+    assert row["best_epoch"] == 5
+    assert row["parted_epoch"] == 5  # ahead by two points in epoch 2, but not for good
+    assert row["lowest_loss_epoch"] == 4
+    assert row["rise"] == pytest.approx((0.888 + 0.888) / 2 - (0.8905 + 0.89) / 2)
+
+
+def test_claim3_never_parted():
+    (row,) = report.claim3([record(Config(num_epochs=4), [0.8, 0.85, 0.88, 0.89])]).to_dict("records")
+    assert row["parted_epoch"] is None or np.isnan(row["parted_epoch"])
+
+
+def test_claim3_both_verdicts():
+    assert report.answer3(eight()).startswith("Yes.")
+    rising = [record(c, list(np.linspace(0.8, 0.9, 60))) for c in grid()]
+    assert report.answer3(rising).startswith("No: all eight curves are still rising at the end.")
+    assert report.answer3([*eight()[:7], rising[7]]).startswith("No: one of the eight curves is still rising")
+
+
+@pytest.mark.parametrize("num_epochs", [1, 2, 59, 61])
+def test_another_length_of_training_decides_nothing(num_epochs):
+    records = eight(num_epochs=num_epochs)
+    for claim in ("C1", "C2", "C3"):
+        assert report.answers(records)[claim].startswith(f"Undecided: a preliminary training of {num_epochs} epochs")
+
+
+def test_mistakes_name_the_hardest_class():
+    labels = np.repeat(np.arange(10), 100)
+    predictions = labels.copy()
+    predictions[600:640] = 0  # shirts taken for T-shirts
+    predictions[900:910] = 5  # boots taken for sandals
+    table = report.per_class(labels, predictions).set_index("class")
+    assert table.loc["Shirt", ["correct", "accuracy", "taken_for"]].tolist() == [60, 0.6, "T-shirt/top"]
+    assert table.loc["Bag", "taken_for"] == ""
+    text = report.mistakes_in_words(labels, predictions)
+    assert "Of 1,000 test images 50 are classified wrongly" in text
+    assert "hardest class is Shirt, with 60.0%" in text
+    assert "80% are made within the five classes" in text
+
+
+def test_what_is_written_is_what_report_tex_reads(tmp_path):
+    report.write(eight(), tmp_path)
+    text = "\n".join(line for line in TEX.read_text().splitlines() if not line.startswith("%"))
+    wanted = {f"{name}.tex" for name in re.findall(r"generated/(\w+)", text)} - {"mistakes.tex"}
+    assert {path.name for path in tmp_path.iterdir()} == wanted
+    defined = re.findall(r"\\newcommand{\\(\w+)}", (tmp_path / "numbers.tex").read_text())
+    assert [name for name in defined if not re.search(rf"\\{name}(?![A-Za-z])", text)] == []
+
+
+def test_written_files_are_the_same_each_time_and_fit_for_latex(tmp_path):
+    records = eight()
+    diverge(records[1])
+    report.write(records, tmp_path / "one")
+    report.write(records, tmp_path / "two")
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+        assert not re.search(r"(?<!\\)%|nan|NaN|<NA>|[→×−]", path.read_text()), path.name
+    assert r"diverged in epoch 1, step 7" in (tmp_path / "one" / "results.tex").read_text()
+    assert r"cpu: X\_1" in (tmp_path / "one" / "reproduction.tex").read_text()
+    assert r"\preliminaryfalse" in (tmp_path / "one" / "numbers.tex").read_text()
+
+
+def _cut(path):
+    path.write_text(path.read_text()[:200])
+
+
+def _foreign(path):
+    path.write_text('{"name": "something else"}')
+
+
+def _without(place, name):
+    def damage(path):
+        content = json.loads(path.read_text())
+        del (content[place][0] if place == "history" else content[place])[name]
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage", [_cut, _foreign, Path.unlink, _without("history", "test_loss"), _without("environment", "torch")]
+)
+def test_bad_records_end_in_one_sentence(tmp_path, damage):
+    put(eight(num_epochs=2), tmp_path)
+    report.load(tmp_path)
+    damage(sorted(tmp_path.glob("lr*.json"))[3])
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert re.fullmatch(r"[^\n]+(run `make grid`|with git)\.", stop.value.code)
+
+
+def test_eight_diverged_runs_are_refused(tmp_path):
+    records = eight()
+    for run in records:
+        diverge(run)
+    with pytest.raises(RecordError, match="All eight runs diverged"):
+        report.load(put(records, tmp_path))
+
+
+def test_committed_files_follow_from_the_committed_records(tmp_path):
+    records = read_records(RESULTS)
+    try:
+        coursework(records)
+    except RecordError:
+        pytest.skip("results/ does not hold the coursework's grid yet")
+    report.write(report.load(), tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        committed = report.GENERATED / path.name
+        assert committed.read_text() == path.read_text(), f"{committed.name} is stale: run `make`"
