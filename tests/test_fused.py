@@ -1,0 +1,349 @@
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mixer import fused
+from mixer.model import MlpMixer
+
+REPOSITORY = Path(__file__).parents[1]
+needs_library = pytest.mark.skipif(fused.library() is None, reason="the operator cannot be built here")
+HAS_BFLOAT16 = fused.library() is not None and bool(fused.library().mixing_has_bfloat16())
+PRECISIONS = [
+    pytest.param(False, id="float32"),
+    pytest.param(True, id="bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="no AVX512-BF16")),
+]
+# (batch, patches, hidden, over patches): the coursework's sizes, sizes that fill no tile, every way to cut features
+SHAPES = [
+    (6, 49, 1024, True),
+    (6, 49, 512, False),
+    (90, 1, 9, True),
+    (1, 40, 1, False),
+    (5, 7, 40, True),
+    (3, 4, 33, True),
+    (9, 13, 37, False),
+    (2, 30, 100, True),
+    (17, 16, 96, True),
+    (2, 196, 64, True),
+    (70, 3, 65, False),
+]
+
+
+def inputs(batch, patches, hidden, over_patches, seed=0):
+    """x and parameters of unit scale, and a gradient."""
+    g = torch.Generator().manual_seed(seed)
+    features = patches if over_patches else 16
+    x, gamma, beta = (torch.randn(*s, generator=g) for s in ((batch, patches, 16), (16,), (16,)))
+    w1, b1 = torch.randn(hidden, features, generator=g) / features**0.5, torch.randn(hidden, generator=g) / 3
+    w2, b2 = torch.randn(features, hidden, generator=g) / hidden**0.5, torch.randn(features, generator=g) / 3
+    return (x, 1 + gamma / 3, beta / 3, w1, b1, w2, b2), torch.randn(x.shape, generator=g)
+
+
+def output_and_gradients(function, tensors, grad, dtype=torch.float32):
+    tensors = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
+    output = function(*tensors)
+    output.backward(grad.to(dtype))
+    return [output.detach(), *(t.grad for t in tensors)]
+
+
+def run_fused(shape, p=0.0, bfloat16=False, seed=11):
+    tensors, grad = inputs(*shape)
+    return output_and_gradients(lambda *t: fused.fused(*t, torch.tensor(seed), shape[3], p, bfloat16), tensors, grad)
+
+
+def relative_error(value, wanted):
+    return float((value.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+# ---------------------------------------------------------------- the same answer
+
+
+@needs_library
+@pytest.mark.parametrize("bfloat16", PRECISIONS)
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operator_agrees_with_the_formula_in_float64(shape, p, bfloat16):
+    tensors, grad = inputs(*shape)
+    seed = torch.tensor(2**61 + 12345)
+    wanted = output_and_gradients(lambda *t: fused.plain(*t, seed, shape[3], p), tensors, grad, torch.float64)
+    got = output_and_gradients(lambda *t: fused.fused(*t, seed, shape[3], p, bfloat16), tensors, grad)
+    names = ("output", "x", "gamma", "beta", "w1", "b1", "w2", "b2")
+    errors = {n: relative_error(a, b) for n, a, b in zip(names, got, wanted, strict=True) if b.norm() > 0}
+    assert max(errors.values()) < (1e-2 if bfloat16 else 1e-5), errors
+
+
+@needs_library
+@pytest.mark.parametrize("bfloat16", PRECISIONS)
+def test_gelu(bfloat16):
+    z = torch.linspace(-12, 12, 2**17)
+    z[0], z[1], z[2] = 0, -80, 80
+    value, derivative = torch.empty_like(z), torch.empty_like(z)
+    fused.library().mixing_gelu(z.data_ptr(), value.data_ptr(), derivative.data_ptr(), len(z), bfloat16)
+    x = z.double().requires_grad_()
+    wanted = nn.functional.gelu(x)
+    wanted.sum().backward()
+    assert (value - wanted).abs().max() < (1e-4 if bfloat16 else 1e-6)
+    assert (derivative - x.grad).abs().max() < (2e-3 if bfloat16 else 2e-6)
+    assert value[0] == 0
+
+
+@needs_library
+@pytest.mark.parametrize("bfloat16", PRECISIONS)
+@pytest.mark.parametrize("shape", [(37, 49, 128, True), (37, 49, 64, False), (2, 5, 40, True)], ids=str)
+def test_bit_identical_on_any_number_of_threads(shape, bfloat16):
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(run_fused(shape, 0.1, bfloat16))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("bfloat16", PRECISIONS)
+def test_not_a_number_is_passed_on(bfloat16):
+    tensors, _ = inputs(2, 49, 64, True)
+    tensors[3][5, 7] = math.nan
+    assert fused.fused(*tensors, torch.tensor(0), True, 0.0, bfloat16).isnan().all()
+
+
+@needs_library
+def test_views_and_an_empty_batch():
+    (x, *rest), _ = inputs(4, 49, 64, True)
+    seed = torch.tensor(3)
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    wanted = fused.fused(x, *rest, seed, True, 0.1, False)
+    assert torch.equal(fused.fused(turned, *rest, seed, True, 0.1, False), wanted)
+    assert fused.fused(x[:0], *rest, seed, True, 0.1, False).shape == (0, 49, 16)
+
+
+# ---------------------------------------------------------------- dropout
+
+
+def test_dropout_has_the_right_mean_and_variance():
+    n = 2**20
+    for p in (0.1, 0.5, 0.9):
+        scale = fused.dropout_scale((1024, 1024), p, torch.tensor(5), stream=0)
+        assert scale.unique().tolist() == [0.0, pytest.approx(1 / (1 - p), rel=1e-4)]
+        sigma = (p / (1 - p) / n) ** 0.5
+        assert abs(scale.mean() - 1) < 4 * sigma
+        assert abs(scale.var() / (p / (1 - p)) - 1) < 0.02
+
+
+def test_dropout_is_independent_of_neighbours_rows_streams_and_seeds():
+    def mask(seed, stream=0):
+        return (fused.dropout_scale((512, 1024), 0.3, torch.tensor(seed), stream) > 0).double() - 0.7
+
+    m = mask(77)
+    others = {
+        "next element": (m[:, 1:], m[:, :-1]),
+        "next pair": (m[:, 2:], m[:, :-2]),
+        "next row": (m[1:], m[:-1]),
+        "16 rows on": (m[16:], m[:-16]),
+        "a power of two on": (m[:, 512:], m[:, :512]),
+        "stream": (m, mask(77, stream=1)),
+        "next seed": (m, mask(78)),
+        "seed of other high bits": (m, mask(77 + (1 << 40))),
+        "next seed, next element": (m[:, 1:], mask(78)[:, :-1]),
+    }
+    for name, (a, b) in others.items():
+        correlation = (a * b).mean() / 0.21
+        assert abs(correlation) < 4.5 / a.numel() ** 0.5, name
+    # Sums over rows and columns scatter as those of independent draws do.
+    for sums in (m.sum(0), m.sum(1)):
+        count = m.numel() / len(sums)
+        assert abs(sums.var() / (0.21 * count) - 1) < 4.5 * (2 / len(sums)) ** 0.5
+
+
+@needs_library
+@pytest.mark.parametrize("bfloat16", PRECISIONS)
+def test_no_dropout_whatever_the_seed_when_p_is_zero(bfloat16):
+    shape = (3, 49, 64, True)
+    one, other = (run_fused(shape, 0.0, bfloat16, seed) for seed in (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(one[0], run_fused(shape, 0.1, bfloat16)[0])
+
+
+# ---------------------------------------------------------------- what PyTorch sees
+
+
+@needs_library
+@pytest.mark.parametrize("bfloat16", PRECISIONS)
+def test_opcheck(bfloat16):
+    tensors, _ = inputs(3, 5, 20, True)
+    arguments = (*(t.requires_grad_() for t in tensors), torch.tensor(1), True, 0.1, bfloat16)
+    torch.library.opcheck(torch.ops.mixer.mixing, arguments)
+
+
+def small_model(**kwargs):
+    torch.manual_seed(0)
+    model = MlpMixer(num_blocks=2, patches_mlp_dim=64, channels_mlp_dim=32, **kwargs)
+    nn.init.normal_(model.head.weight)
+    return model, torch.randn(5, 1, 28, 28)
+
+
+def loss_and_gradients(model, images):
+    model.zero_grad()
+    torch.manual_seed(1)
+    loss = model(images).square().sum()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@needs_library
+def test_model_is_the_same_by_either_path():
+    model, images = small_model(dropout_p=0.2)
+    got = loss_and_gradients(model, images)
+    with fused.plain_only():
+        assert fused.path("cpu", "float32") == "plain"
+        wanted = loss_and_gradients(model, images)
+    assert fused.path("cpu", "float32") == "fused"
+    assert max(relative_error(a, b) for a, b in zip(got, wanted, strict=True)) < 1e-5
+
+
+@needs_library
+def test_torch_compile_sees_the_operator():
+    model, images = small_model(dropout_p=0.2)
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    got = loss_and_gradients(compiled, images)
+    assert sum("mixer.mixing" in name for name in seen) == 4
+    assert all(torch.equal(a, b) for a, b in zip(got, loss_and_gradients(model, images), strict=True))
+
+
+@needs_library
+def test_autocast_chooses_the_precision(monkeypatch):
+    model, images = small_model()
+    chosen = []
+    monkeypatch.setattr(fused, "fused", lambda x, *rest: chosen.append(rest[-1]) or x)
+    model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    with torch.autocast("cpu", torch.float16):
+        model(images)
+    assert chosen == [False] * 4 + [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("dtype, channels", [(torch.float64, 16), (torch.float32, 8)])
+def test_the_plain_formula_serves_what_the_operator_does_not(dtype, channels, monkeypatch):
+    monkeypatch.setattr(fused, "fused", None)
+    model = MlpMixer(num_blocks=1, num_channels=channels, patches_mlp_dim=8, channels_mlp_dim=8).to(dtype)
+    assert model(torch.zeros(2, 1, 28, 28, dtype=dtype)).dtype == dtype
+
+
+# ---------------------------------------------------------------- building
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A process that has not looked for the library yet, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    fused.library.cache_clear()
+    yield tmp_path
+    fused.library.cache_clear()
+
+
+def test_without_a_compiler_the_plain_formula_and_one_log_line(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    model, images = small_model()
+    with caplog.at_level(logging.WARNING, logger="mixer"):
+        got = [model(images), model(images)]
+        assert fused.path("cpu", "float32") == "plain"
+    assert [r.name for r in caplog.records] == ["mixer"]
+    assert "no C++ compiler" in caplog.text
+    with fused.plain_only():
+        assert torch.equal(got[0], model(images))
+
+
+def test_a_compiler_that_fails_is_named_in_the_log_line(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "false")
+    assert fused.library() is None
+    assert fused.library() is None
+    assert len(caplog.records) == 1
+    assert "false cannot compile fused.cpp" in caplog.text
+
+
+def python(code, cache, **environment):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(REPOSITORY), **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+BUILD = "from mixer import fused; assert fused.library() is not None"
+
+
+def compiler_script(path, *lines):
+    """A compiler that does something of its own first."""
+    compiler = fused._compiler()
+    path.write_text("\n".join(["#!/bin/sh", *lines, f'exec {compiler} "$@"', ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+@needs_library
+def test_two_processes_that_start_together_build_once(tmp_path):
+    count = tmp_path / "count"
+    compiler = compiler_script(tmp_path / "compiler", f"echo x >> {count}")
+    processes = [python(BUILD, tmp_path, CXX=compiler) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=50)
+        assert process.returncode == 0, errors
+    assert count.read_text() == "x\n"
+
+
+@needs_library
+def test_a_killed_build_harms_nobody(tmp_path):
+    script, started = tmp_path / "compiler", tmp_path / "started"
+    compiler = compiler_script(script, 'for last; do :; done; echo rubbish > "$last"', f"touch {started}", "sleep 1000")
+    process = python(BUILD, tmp_path, CXX=compiler)
+    for _ in range(500):
+        if started.exists():
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    compiler_script(script)
+    process = python(BUILD, tmp_path, CXX=compiler)
+    _, errors = process.communicate(timeout=50)
+    assert process.returncode == 0, errors
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_computes_too(tmp_path):
+    code = """if True:
+        import os, torch
+        from mixer.model import MlpMixer
+        torch.set_num_threads(2)
+        model, images = MlpMixer(num_blocks=1), torch.ones(40, 1, 28, 28)
+        with torch.inference_mode():
+            torch.nn.init.ones_(model.head.weight)
+            wanted = model.blocks[0](torch.ones(40, 49, 16), torch.zeros(2, dtype=torch.int64))
+            child = os.fork()
+            got = model.blocks[0](torch.ones(40, 49, 16), torch.zeros(2, dtype=torch.int64))
+        assert torch.equal(got, wanted)
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+        os._exit(0)
+    """
+    process = python(code, os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    _, errors = process.communicate(timeout=50)
+    assert process.returncode == 0, errors
