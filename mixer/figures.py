@@ -323,7 +323,7 @@ def _draw_half(
     width = (end - start - 0.24) / 3
     for turn, label in enumerate((f"{size}\n↓\n{hidden}", "GELU", f"{hidden}\n↓\n{size}")):
         x = start + turn * (width + 0.12)
-        _box(axis, x, middle, width, 0.9, label, fill)
+        _box(axis, x, middle, width, 0.9, label, fill, fontsize=6.5)
         if turn:
             _arrow(axis, x - 0.12, x, middle)
     axis.add_patch(Circle((plus, middle), 0.07, facecolor="white", edgecolor=INK, linewidth=0.7, zorder=3))
@@ -351,15 +351,12 @@ def _arrow(axis: Axes, start: float, end: float, y: float, above: str = "", belo
     _text(axis, (start + end) / 2 - 0.03, y - 0.1, below, fontsize=6.3)
 
 
-def _box(
-    axis: Axes, left: float, middle: float, width: float, height: float, label: str, fill: str, rotation: float = 0
-) -> None:
-    box = FancyBboxPatch(
-        (left, middle - height / 2), width, height, boxstyle="round,pad=0,rounding_size=0.04", facecolor=fill
+def _box(axis: Axes, left: float, middle: float, width: float, height: float, label: str, fill: str, **style) -> None:
+    corner, shape = (left, middle - height / 2), "round,pad=0,rounding_size=0.04"
+    axis.add_patch(
+        FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=fill, edgecolor=INK, linewidth=0.7, zorder=2)
     )
-    box.set(edgecolor=INK, linewidth=0.7, zorder=2)
-    axis.add_patch(box)
-    _text(axis, left + width / 2, middle, label, rotation=rotation)
+    _text(axis, left + width / 2, middle, label, **style)
 
 
 def _text(axis: Axes, x: float, y: float, label: str, **style) -> None:

@@ -571,7 +571,7 @@ def _reproduction(records: Sequence[Record]) -> str:
         ("selection", "best run on the test set", "the same, and the last epoch beside it"),
         ("device", said_nothing, _from_records(records, "device")),
         ("precision", said_nothing, _from_records(records, "precision")),
-        ("computation", said_nothing, _from_records(records, "path")),
+        ("path", said_nothing, _from_records(records, "path")),
         ("PyTorch", said_nothing, _from_records(records, "torch")),
         ("training time, all runs", said_nothing, _training_time(records)),
         ("best run", _short_label(vars(config)), _short_label(claim.winner["config"])),
