@@ -18,6 +18,7 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <mutex>
@@ -25,7 +26,7 @@
 #include <vector>
 
 #include <unistd.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -108,6 +109,7 @@ struct Float32 {
         return w;
     }
     static int lane_of(int unit) { return unit; }
+    static void put(Word* to, const float* from, int count) { memcpy(to, from, count * sizeof *to); }
 
     // exp(x) for x <= 0: 2^n · e^r with |r| <= ln(2)/2, relative error below 2e-7.
     static Vec exp(Vec x) {
@@ -192,6 +194,11 @@ struct Bfloat16 {
         return (w + 0x7FFF + ((w >> 16) & 1)) >> 16;
     }
     static Word word(float a, float b) { return round(a) | round(b) << 16; }
+    // Up to 16 elements as words; an odd one is paired with the zero that follows it.
+    static void put(Word* to, const float* from, int count) {
+        const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)load(from));
+        _mm256_mask_storeu_epi32(to, (1 << (count + 1) / 2) - 1, packed);
+    }
 
     static void gelu(Vec z, Vec* f, Vec* derivative) {
         const __m512* c = reinterpret_cast<const __m512*>(gelu_table.c);
@@ -326,6 +333,47 @@ void parallel(int n, int threads, const std::function<void(int)>& f) {
     pool->run(n, threads, f);
 }
 
+// ---------------------------------------------------------------- blocks of 16 positions
+
+struct alignas(64) Square {
+    float v[C][C];
+
+    // [position][channel] <-> [channel][position]
+    void transpose() {
+#if defined(__AVX512F__)
+        static const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        for (int d = 1; d < C; d *= 2) {  // swap the off-diagonal d×d blocks of every 2d×2d block
+            const Bits low = (lanes & d) ? (lanes ^ d) | 16 : lanes, high = (lanes & d) ? lanes | 16 : lanes | d;
+            for (int i = 0; i < C; i++)
+                if (!(i & d)) {
+                    const __m512 a = (__m512)load(v[i]), b = (__m512)load(v[i + d]);
+                    store(v[i], (Vec)_mm512_permutex2var_ps(a, (__m512i)low, b));
+                    store(v[i + d], (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b));
+                }
+        }
+#else
+        for (int i = 0; i < C; i++)
+            for (int j = 0; j < i; j++) std::swap(v[i][j], v[j][i]);
+#endif
+    }
+};
+
+// LayerNorm of a square [channel][position] in place, without its affine part.
+struct Norm {
+    alignas(64) float scale[C];
+
+    explicit Norm(Square& x) {
+        alignas(64) float mean[C] = {}, square[C] = {};
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < C; i++) mean[i] += x.v[c][i] * (1.f / C);
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < C; i++) x.v[c][i] -= mean[i], square[i] += x.v[c][i] * x.v[c][i];
+        for (int i = 0; i < C; i++) scale[i] = 1 / std::sqrt(square[i] * (1.f / C) + 1e-6f);
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < C; i++) x.v[c][i] *= scale[i];
+    }
+};
+
 // ---------------------------------------------------------------- one call
 
 struct Call {  // what fused.py passes
@@ -335,6 +383,41 @@ struct Call {  // what fused.py passes
     int64_t batch, patches, hidden;
     int32_t over_patches, threshold, threads;
 };
+
+// Memory that starts at a cache line and is kept from call to call.
+template <class T>
+struct Buffer {
+    T* data = nullptr;
+    size_t capacity = 0;
+
+    void reserve(size_t size) {
+        if (size <= capacity) return;
+        std::free(data);
+        capacity = (size + 1023) / 1024 * 1024;
+        data = static_cast<T*>(std::aligned_alloc(4096, capacity * sizeof(T)));
+        if (!data) std::abort();
+    }
+    void clear(size_t size) { std::memset(data, 0, size * sizeof(T)); }
+    T& operator[](int64_t i) const { return data[i]; }
+};
+
+// Weights as words, scaled. in_units, out_units [block][word of features][unit]: for products along the features;
+// along [block][word of units][feature], rest [block][feature][word of units]: for products along the units.
+struct Weights {
+    Buffer<Word> in_units, out_units, along, rest;
+    Buffer<float> bias;
+} weights;
+
+// What one slice needs: the sums of its weight gradients and a tile's data.
+struct Slice {
+    Buffer<float> w1, w2, b1, b2;  // sums: [block][feature][lane], the same, [unit], [feature]
+    alignas(64) float gamma[C][C], beta[C][C];  // sums: [channel][position modulo C]
+    Buffer<Word> x_rows, g_rows;          // [row][word of features]
+    Buffer<Word> x_features, g_features;  // [feature][word of rows]
+    Buffer<Word> h_rows, d_rows;          // a block of the hidden layer and of its gradient: [word of rows][lane]
+    Buffer<Word> h_units, d_units;        // [row][word of units]
+    Buffer<float> y, y_rest;              // the product along the units: [row][feature], [feature][row][partial sum]
+} slices[SLICES];
 
 template <class P>
 class Mixing {
@@ -350,23 +433,6 @@ class Mixing {
     const int groups, group;    // a tile has `groups` images of `group` patches, or one group of R positions
     const int tiles;
     const Dropout drop_hidden, drop_out;
-
-    // Weights as words. in_units, out_units [block][word of features][unit]: for products along the features;
-    // along_units [block][word of units][feature], rest_units [block][feature][word of units]: along the units.
-    std::vector<Word> in_units, out_units, along_units, rest_units;
-    std::vector<float> bias;
-
-    struct Sums {  // of the weight gradients over a slice
-        std::vector<float> w1, w2, b1, b2;  // [block][feature][lane], [block][lane], [feature]
-        float gamma[C] = {}, beta[C] = {};
-    };
-    std::vector<Sums> sums{SLICES};
-
-    // A tile's data. *_rows [row][word of features], *_features [feature][word of rows].
-    struct Work {
-        std::vector<Word> x_rows, x_features, g_rows, g_features, h_units, h_rows, d_units, d_rows;
-        std::vector<float> y, y_rest, z, d, natural;
-    };
 
    public:
     Mixing(const Call& call, bool backward)
@@ -387,139 +453,138 @@ class Mixing {
           drop_out(call.threshold, *call.seed, 1) {}
 
     void run() {
-        pack();
-        parallel(SLICES, call.threads, [&](int slice) {
-            const int first = int64_t(tiles) * slice / SLICES, last = int64_t(tiles) * (slice + 1) / SLICES;
-            Work w = workspace();
-            if (backward) {
-                Sums& s = sums[slice];
-                s.w1.assign(int64_t(blocks) * BLOCK * features, 0), s.w2 = s.w1;
-                s.b1.assign(blocks * BLOCK, 0), s.b2.assign(features, 0);
-            }
-            for (int t = first; t < last; t++) backward ? tile_backward(t, w, sums[slice]) : tile_forward(t, w);
+        weights.bias.reserve(blocks * BLOCK);
+        weights.in_units.reserve(int64_t(blocks) * words * BLOCK);
+        weights.out_units.reserve(int64_t(blocks) * words * BLOCK);
+        weights.along.reserve(int64_t(blocks) * BW * wide);
+        weights.rest.reserve(int64_t(blocks) * BW * rest);
+        parallel(blocks, call.threads, [&](int block) { pack(block); });
+        parallel(SLICES, call.threads, [&](int i) {
+            Slice& s = slices[i];
+            prepare(s);
+            for (int t = int64_t(tiles) * i / SLICES; t < int64_t(tiles) * (i + 1) / SLICES; t++)
+                backward ? tile_backward(t, s) : tile_forward(t, s);
         });
-        if (backward) reduce();
+        if (backward) {
+            parallel(blocks, call.threads, [&](int block) { reduce(block); });
+            reduce_rest();
+        }
     }
 
    private:
-    void pack() {
-        const float keep = drop_hidden.scale;
-        bias.assign(blocks * BLOCK, 0);
-        for (int h = 0; h < call.hidden; h++) bias[h] = P::ZS * call.b1[h];
-        in_units.resize(int64_t(blocks) * words * BLOCK);
-        out_units.resize(backward ? in_units.size() : 0);
-        along_units.assign(int64_t(blocks) * BW * wide, 0);
-        rest_units.resize(int64_t(blocks) * rest * BW);
-        parallel(blocks, call.threads, [&](int block) {
-            const int64_t hidden = call.hidden, first = int64_t(block) * BLOCK;
-            auto w1 = [&](int h, int k) {
-                return first + h < hidden && k < features ? call.w1[(first + h) * features + k] : 0.f;
-            };
-            auto w2 = [&](int h, int k) {
-                return first + h < hidden && k < features ? call.w2[k * hidden + first + h] : 0.f;
-            };
-            auto along_features = [&](Word* to, auto weight, float scale) {
-                for (int w = 0; w < words; w++)
-                    for (int h = 0; h < BLOCK; h++)
-                        to[w * BLOCK + h] = P::word(scale * weight(h, PAIR * w), scale * weight(h, PAIR * w + 1));
-            };
-            auto along = [&](Word* to, Word* to_rest, auto weight, float scale) {
-                for (int w = 0; w < BW; w++)
-                    for (int k = 0; k < features; k++)
-                        (k < wide ? to[w * wide + k] : to_rest[(k - wide) * BW + w]) =
-                            P::word(scale * weight(PAIR * w, k), scale * weight(PAIR * w + PAIR - 1, k));
-            };
-            Word *a = &along_units[int64_t(block) * BW * wide], *r = rest_units.data() + int64_t(block) * rest * BW;
-            along_features(&in_units[int64_t(block) * words * BLOCK], w1, P::ZS);
-            if (backward) {
-                along_features(&out_units[int64_t(block) * words * BLOCK], w2, keep / P::DS);
-                along(a, r, w1, 1);
-            } else {
-                along(a, r, w2, keep / P::FS);
+    void pack(int block) {
+        const int64_t hidden = call.hidden, first = int64_t(block) * BLOCK;
+        const int there = std::min<int64_t>(BLOCK, hidden - first), padded = wide + rest;
+        std::vector<float> w1(BLOCK * padded), w2 = w1, w1t((features + 1) * BLOCK), w2t = w1t;
+        for (int h = 0; h < BLOCK; h++) weights.bias[first + h] = h < there ? P::ZS * call.b1[first + h] : 0;
+        for (int h = 0; h < there; h++)
+            for (int k = 0; k < features; k++)
+                w1[h * padded + k] = w1t[k * BLOCK + h] = call.w1[(first + h) * features + k];
+        for (int k = 0; k < features; k++)
+            for (int h = 0; h < there; h++)
+                w2[h * padded + k] = w2t[k * BLOCK + h] = call.w2[k * hidden + first + h];
+
+        auto along_features = [&](Word* to, const float* from, float scale) {
+            for (int w = 0; w < words; w++)
+                for (int h = 0; h < BLOCK; h++)
+                    to[w * BLOCK + h] = P::word(scale * from[w * PAIR * BLOCK + h],
+                                                scale * from[(w * PAIR + PAIR - 1) * BLOCK + h]);
+        };
+        auto along_units = [&](const float* from, float scale) {
+            for (int w = 0; w < BW; w++) {
+                const float *a = from + w * PAIR * padded, *b = from + (w * PAIR + PAIR - 1) * padded;
+                Word *to = &weights.along[(block * BW + w) * int64_t(wide)], *to_rest = &weights.rest[block * BW * rest];
+                for (int k = 0; k < wide; k++) to[k] = P::word(scale * a[k], scale * b[k]);
+                for (int k = 0; k < rest; k++) to_rest[k * BW + w] = P::word(scale * a[wide + k], scale * b[wide + k]);
             }
+        };
+        along_features(&weights.in_units[block * words * int64_t(BLOCK)], w1t.data(), P::ZS);
+        if (!backward) return along_units(w2.data(), drop_hidden.scale / P::FS);
+        along_features(&weights.out_units[block * words * int64_t(BLOCK)], w2t.data(), drop_hidden.scale / P::DS);
+        along_units(w1.data(), 1);
+    }
+
+    void prepare(Slice& s) const {
+        s.x_rows.reserve(R * words), s.h_units.reserve(R * BW);
+        s.y.reserve(R * wide), s.y_rest.reserve(rest * R * V);
+        if (!backward) return;
+        s.g_rows.reserve(R * words), s.x_features.reserve(features * RW), s.g_features.reserve(features * RW);
+        s.h_rows.reserve(RW * BLOCK), s.d_rows.reserve(RW * BLOCK), s.d_units.reserve(R * BW);
+        const int64_t size = int64_t(blocks) * BLOCK * features;
+        s.w1.reserve(size), s.w2.reserve(size), s.b1.reserve(blocks * BLOCK), s.b2.reserve(features + C);
+        s.w1.clear(size), s.w2.clear(size), s.b1.clear(blocks * BLOCK), s.b2.clear(features + C);
+        std::memset(s.gamma, 0, sizeof s.gamma), std::memset(s.beta, 0, sizeof s.beta);
+    }
+
+    // Calls f(first position, first feature or row within the group, group, how many positions are there) for every
+    // square of a tile, those beyond the end of the batch included.
+    template <class F>
+    void squares(int t, F f) const {
+        for (int g = 0; g < groups; g++) {
+            const int64_t start = (int64_t(t) * groups + g) * group;
+            for (int i = 0; i < group; i += C)
+                f(start + i, i, g, int(std::clamp<int64_t>(positions - start - i, 0, std::min(C, group - i))));
+        }
+    }
+
+    static void read(Square& to, const float* from, int64_t position, int count) {
+        std::memcpy(to.v, from + position * C, count * sizeof to.v[0]);
+        std::memset(to.v + count, 0, (C - count) * sizeof to.v[0]);
+    }
+
+    // Words along the channels, from [position][channel]: rows of channel mixing, features of token mixing.
+    void put_channels(const Square& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
+        Word* to = tokens ? &features[i * RW + g * CW] : &rows[i * CW];
+        const int stride = tokens ? RW : CW, count = std::min(C, group - i);
+        for (int j = 0; j < count; j++) P::put(to + j * stride, from.v[j], C);
+    }
+    // Words along the positions, from [channel][position].
+    void put_positions(const Square& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
+        Word* to = (tokens ? &rows[g * C * words] : features.data) + i / PAIR;
+        const int stride = tokens ? words : RW, count = std::min(C, group - i);
+        for (int c = 0; c < C; c++) P::put(to + c * stride, from.v[c], count);
+    }
+
+    void put_normalised(int t, Slice& s) const {
+        squares(t, [&](int64_t position, int i, int g, int count) {
+            Square x;
+            read(x, call.x, position, count);
+            x.transpose();
+            Norm{x};
+            for (int c = 0; c < C; c++)
+                for (int j = 0; j < C; j++) x.v[c][j] = j < count ? x.v[c][j] * call.gamma[c] + call.beta[c] : 0;
+            if (backward || tokens) put_positions(x, i, g, s.x_rows, s.x_features);
+            x.transpose();
+            if (backward || !tokens) put_channels(x, i, g, s.x_rows, s.x_features);
         });
     }
 
-    Work workspace() const {
-        Work w;
-        w.x_rows.resize(R * words), w.y.resize(R * wide), w.y_rest.resize(rest * R * V);
-        w.h_units.resize(R * BW), w.z.resize(ROWS * BLOCK), w.natural.resize((group + 1) * C);
-        if (backward) {
-            w.g_rows.resize(R * words), w.x_features.resize(features * RW), w.g_features.resize(features * RW);
-            w.h_rows.resize(RW * BLOCK), w.d_units.resize(R * BW), w.d_rows.resize(RW * BLOCK);
-            w.d.resize(ROWS * BLOCK);
-        }
-        return w;
-    }
-
-    // The first position of a group and how many of the group there are.
-    int64_t start(int t, int g) const { return (int64_t(t) * groups + g) * group; }
-    int present(int t, int g) const { return std::clamp<int64_t>(positions - start(t, g), 0, group); }
-
-    static void layer_norm(const float* x, float* mean, float* scale) {
-        Vec s{}, q{};
-        for (int c = 0; c < C; c += V) s += load(x + c);
-        *mean = sum(s) / C;
-        for (int c = 0; c < C; c += V) q += (load(x + c) - *mean) * (load(x + c) - *mean);
-        *scale = 1 / std::sqrt(sum(q) / C + 1e-6f);
-    }
-
-    // A group's values [position][channel], zeros where there are none, as words in both directions.
-    template <class Value>
-    void lay_out(int t, int g, Work& w, std::vector<Word>& rows, std::vector<Word>& feats, Value value) const {
-        const int count = present(t, g), padded = group + group % PAIR;
-        float* v = w.natural.data();
-        for (int i = 0; i < count; i++) value(start(t, g) + i, i, v + i * C);
-        std::fill(v + count * C, v + padded * C, 0.f);
-        // Along the channels: the rows of channel mixing, the features of token mixing.
-        if (backward || !tokens) {
-            Word* to = tokens ? &feats[g * CW] : rows.data();
-            const int stride = tokens ? RW : words;
-            for (int i = 0; i < group; i++)
-                for (int c = 0; c < CW; c++) to[i * stride + c] = P::word(v[i * C + c * PAIR], v[i * C + c * PAIR + PAIR - 1]);
-        }
-        if (backward || tokens) {
-            Word* to = tokens ? &rows[g * C * words] : feats.data();
-            const int stride = tokens ? words : RW;
-            for (int j = 0; j < padded / PAIR; j++)
-                for (int c = 0; c < C; c++)
-                    to[c * stride + j] = P::word(v[j * PAIR * C + c], v[(j * PAIR + PAIR - 1) * C + c]);
+    // The product along the units for a square: [channel][position] in token mixing, else [position][channel].
+    void get(Square& to, int i, int g, const Slice& s) const {
+        for (int a = 0; a < C; a++) {
+            const int row = tokens ? g * C + a : i + a, first = tokens ? i : 0;
+            for (int b = 0; b < C; b++) {
+                const int k = first + b;
+                to.v[a][b] = k < wide ? s.y[row * wide + k] : k < features ? s.y_rest[((k - wide) * R + row) * V] : 0;
+            }
         }
     }
 
-    void normalised(int t, Work& w) const {
-        for (int g = 0; g < groups; g++)
-            lay_out(t, g, w, w.x_rows, w.x_features, [&](int64_t position, int, float* to) {
-                const float* x = call.x + position * C;
-                float mean, scale;
-                layer_norm(x, &mean, &scale);
-                for (int c = 0; c < C; c++) to[c] = (x[c] - mean) * scale * call.gamma[c] + call.beta[c];
-            });
-    }
-
-    // The row of a tile that holds a channel of a position, and its feature there.
-    float& at(Work& w, int g, int i, int c) const {
-        const int row = tokens ? g * C + c : i, feature = tokens ? i : c;
-        return feature < wide ? w.y[row * wide + feature] : w.y_rest[((feature - wide) * R + row) * V];
-    }
-
-    // y += units · along_units, for a block.
-    void add_along_units(int block, const Word* units, Work& w) const {
-        add_product<P>(units, BW, &along_units[int64_t(block) * BW * wide], wide, BW, w.y.data(), wide, R, vectors);
+    // y += units · along, for a block.
+    void add_along_units(int block, const Word* units, Slice& s) const {
+        add_product<P>(units, BW, &weights.along[block * BW * int64_t(wide)], wide, BW, s.y.data, wide, R, vectors);
         for (int k = 0; k < rest; k++)
             for (int row = 0; row < R; row++) {
-                float* to = &w.y_rest[(k * R + row) * V];
-                Vec s = load(to);
+                float* to = &s.y_rest[(k * R + row) * V];
+                Vec sum = load(to);
                 for (int i = 0; i < BW; i += V)
-                    s = P::dot(s, load(units + row * BW + i), load(&rest_units[(int64_t(block) * rest + k) * BW + i]));
-                store(to, s);
+                    sum = P::dot(sum, load(units + row * BW + i), load(&weights.rest[(block * rest + k) * int64_t(BW) + i]));
+                store(to, sum);
             }
     }
-    void clear(Work& w) const {
-        std::fill(w.y.begin(), w.y.end(), 0.f), std::fill(w.y_rest.begin(), w.y_rest.end(), 0.f);
-    }
-    void finish(Work& w) const {
-        for (int i = 0; i < rest * R; i++) w.y_rest[i * V] = sum(load(&w.y_rest[i * V]));
+    void clear(Slice& s) const { s.y.clear(R * wide), s.y_rest.clear(rest * R * V); }
+    void finish(Slice& s) const {
+        for (int i = 0; i < rest * R; i++) s.y_rest[i * V] = sum(load(&s.y_rest[i * V]));
     }
 
     typename P::Keep keep(int t, int row, int block) const {
@@ -528,128 +593,145 @@ class Mixing {
         return P::keep(drop_hidden, Word(int64_t(t) * R + row) * pairs + block * (BLOCK / 2));
     }
 
-    void tile_forward(int t, Work& w) const {
-        normalised(t, w);
-        clear(w);
+    void tile_forward(int t, Slice& s) const {
+        put_normalised(t, s);
+        clear(s);
         for (int block = 0; block < blocks; block++) {
             for (int row = 0; row < R; row += ROWS) {
-                tile<P, ROWS, 2>(&w.x_rows[row * words], words, &in_units[int64_t(block) * words * BLOCK], BLOCK, words,
-                                 w.z.data(), BLOCK, BIAS, &bias[block * BLOCK]);
+                alignas(64) float z[ROWS * BLOCK];
+                tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[block * words * int64_t(BLOCK)], BLOCK,
+                                 words, z, BLOCK, BIAS, &weights.bias[block * BLOCK]);
                 for (int m = 0; m < ROWS; m++) {
                     Vec f[2];
-                    for (int n = 0; n < 2; n++) P::gelu(load(&w.z[m * BLOCK + n * V]), &f[n], nullptr);
-                    P::store_units(&w.h_units[(row + m) * BW], P::pack(f[0], f[1], keep(t, row + m, block)));
+                    for (int n = 0; n < 2; n++) P::gelu(load(&z[m * BLOCK + n * V]), &f[n], nullptr);
+                    P::store_units(&s.h_units[(row + m) * BW], P::pack(f[0], f[1], keep(t, row + m, block)));
                 }
             }
-            add_along_units(block, w.h_units.data(), w);
+            add_along_units(block, s.h_units.data, s);
         }
-        finish(w);
-        for (int g = 0; g < groups; g++)
-            for (int i = 0; i < present(t, g); i++) {
-                const int64_t position = start(t, g) + i;
+        finish(s);
+        squares(t, [&](int64_t position, int i, int g, int count) {
+            Square y;
+            get(y, i, g, s);
+            if (tokens) y.transpose();
+            for (int j = 0; j < count; j++) {
                 float factor[C];
-                drop_out.channels(position, factor);
-                for (int c = 0; c < C; c++)
-                    call.out[position * C + c] = call.x[position * C + c] +
-                                                 factor[c] * (at(w, g, i, c) + call.b2[tokens ? i : c]);
+                drop_out.channels(position + j, factor);
+                const float* x = call.x + (position + j) * C;
+                float* out = call.out + (position + j) * C;
+                for (int c = 0; c < C; c++) out[c] = x[c] + factor[c] * (y.v[j][c] + call.b2[tokens ? i + j : c]);
             }
+        });
     }
 
-    void tile_backward(int t, Work& w, Sums& s) const {
-        normalised(t, w);
-        for (int g = 0; g < groups; g++)
-            lay_out(t, g, w, w.g_rows, w.g_features, [&](int64_t position, int i, float* to) {
+    void tile_backward(int t, Slice& s) const {
+        put_normalised(t, s);
+        squares(t, [&](int64_t position, int i, int g, int count) {
+            Square grad;
+            read(grad, call.grad, position, count);
+            for (int j = 0; j < count; j++) {
                 float factor[C];
-                drop_out.channels(position, factor);
-                for (int c = 0; c < C; c++) {
-                    to[c] = call.grad[position * C + c] * factor[c];
-                    s.b2[tokens ? i : c] += to[c];
-                }
-            });
-        clear(w);
+                drop_out.channels(position + j, factor);
+                for (int c = 0; c < C; c++) grad.v[j][c] *= factor[c];
+            }
+            put_channels(grad, i, g, s.g_rows, s.g_features);
+            if (!tokens)
+                for (int j = 0; j < C; j++)
+                    for (int c = 0; c < C; c++) s.b2[c] += grad.v[j][c];
+            grad.transpose();
+            put_positions(grad, i, g, s.g_rows, s.g_features);
+            if (tokens)
+                for (int c = 0; c < C; c++)
+                    for (int j = 0; j < C; j++) s.b2[i + j] += grad.v[c][j];
+        });
+        clear(s);
         for (int block = 0; block < blocks; block++) {
-            const int64_t weights = int64_t(block) * words * BLOCK;
+            const int64_t at = block * words * int64_t(BLOCK);
             for (int row = 0; row < R; row += ROWS) {
-                tile<P, ROWS, 2>(&w.x_rows[row * words], words, &in_units[weights], BLOCK, words, w.z.data(), BLOCK, BIAS,
-                                 &bias[block * BLOCK]);
-                tile<P, ROWS, 2>(&w.g_rows[row * words], words, &out_units[weights], BLOCK, words, w.d.data(), BLOCK, ZERO,
+                alignas(64) float z[ROWS * BLOCK], d[ROWS * BLOCK];
+                tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[at], BLOCK, words, z, BLOCK, BIAS,
+                                 &weights.bias[block * BLOCK]);
+                tile<P, ROWS, 2>(&s.g_rows[row * words], words, &weights.out_units[at], BLOCK, words, d, BLOCK, ZERO,
                                  nullptr);
                 Vec b1[2] = {load(&s.b1[block * BLOCK]), load(&s.b1[block * BLOCK + V])};
                 for (int m = 0; m < ROWS; m += 2) {
-                    typename P::Packed h[2], d[2];
+                    typename P::Packed packed[2], d_packed[2];
                     for (int i = 0; i < 2; i++) {
                         const auto kept = keep(t, row + m + i, block);
                         Vec f[2], derivative[2];
                         for (int n = 0; n < 2; n++) {
-                            P::gelu(load(&w.z[(m + i) * BLOCK + n * V]), &f[n], &derivative[n]);
-                            derivative[n] *= load(&w.d[(m + i) * BLOCK + n * V]);
+                            P::gelu(load(&z[(m + i) * BLOCK + n * V]), &f[n], &derivative[n]);
+                            derivative[n] *= load(&d[(m + i) * BLOCK + n * V]);
                             b1[n] = P::add(b1[n], derivative[n], kept, n);
                         }
-                        h[i] = P::pack(f[0], f[1], kept), d[i] = P::pack(derivative[0], derivative[1], kept);
-                        P::store_units(&w.d_units[(row + m + i) * BW], d[i]);
+                        packed[i] = P::pack(f[0], f[1], kept), d_packed[i] = P::pack(derivative[0], derivative[1], kept);
+                        P::store_units(&s.d_units[(row + m + i) * BW], d_packed[i]);
                     }
-                    P::store_rows(&w.h_rows[(row + m) / PAIR * BLOCK], h[0], h[1]);
-                    P::store_rows(&w.d_rows[(row + m) / PAIR * BLOCK], d[0], d[1]);
+                    P::store_rows(&s.h_rows[(row + m) / PAIR * BLOCK], packed[0], packed[1]);
+                    P::store_rows(&s.d_rows[(row + m) / PAIR * BLOCK], d_packed[0], d_packed[1]);
                 }
                 for (int n = 0; n < 2; n++) store(&s.b1[block * BLOCK + n * V], b1[n]);
             }
-            const int64_t sums_at = int64_t(block) * BLOCK * features;
-            add_product<P>(w.g_features.data(), RW, w.h_rows.data(), BLOCK, RW, &s.w2[sums_at], BLOCK, features, 2);
-            add_product<P>(w.x_features.data(), RW, w.d_rows.data(), BLOCK, RW, &s.w1[sums_at], BLOCK, features, 2);
-            add_along_units(block, w.d_units.data(), w);
+            const int64_t sums = block * features * int64_t(BLOCK);
+            add_product<P>(s.g_features.data, RW, s.h_rows.data, BLOCK, RW, &s.w2[sums], BLOCK, features, 2);
+            add_product<P>(s.x_features.data, RW, s.d_rows.data, BLOCK, RW, &s.w1[sums], BLOCK, features, 2);
+            add_along_units(block, s.d_units.data, s);
         }
-        finish(w);
-        layer_norm_backward(t, w, s);
-    }
-
-    void layer_norm_backward(int t, Work& w, Sums& s) const {
-        for (int g = 0; g < groups; g++)
-            for (int i = 0; i < present(t, g); i++) {
-                const int64_t position = start(t, g) + i;
-                const float *x = call.x + position * C, *grad = call.grad + position * C;
-                float mean, scale, unit[C], d[C];
-                layer_norm(x, &mean, &scale);
-                Vec sum_d{}, sum_dx{};
-                for (int c = 0; c < C; c++) {
-                    unit[c] = (x[c] - mean) * scale, d[c] = at(w, g, i, c);
-                    s.gamma[c] += d[c] * unit[c], s.beta[c] += d[c];
-                    d[c] *= call.gamma[c];
+        finish(s);
+        squares(t, [&](int64_t position, int i, int g, int count) {  // LayerNorm's backward pass, and the residual
+            Square x, d;
+            read(x, call.x, position, count);
+            x.transpose();
+            const Norm norm{x};
+            get(d, i, g, s);
+            if (!tokens) d.transpose();
+            alignas(64) float mean_d[C] = {}, mean_dx[C] = {};
+            for (int c = 0; c < C; c++)
+                for (int j = 0; j < C; j++) {
+                    s.gamma[c][j] += d.v[c][j] * x.v[c][j], s.beta[c][j] += d.v[c][j];
+                    d.v[c][j] *= call.gamma[c];
+                    mean_d[j] += d.v[c][j] * (1.f / C), mean_dx[j] += d.v[c][j] * x.v[c][j] * (1.f / C);
                 }
-                for (int c = 0; c < C; c += V) sum_d += load(d + c), sum_dx += load(d + c) * load(unit + c);
-                const float mean_d = sum(sum_d) / C, mean_dx = sum(sum_dx) / C;
+            for (int c = 0; c < C; c++)
+                for (int j = 0; j < C; j++)
+                    d.v[c][j] = norm.scale[j] * (d.v[c][j] - mean_d[j] - x.v[c][j] * mean_dx[j]);
+            d.transpose();
+            for (int j = 0; j < count; j++)
                 for (int c = 0; c < C; c++)
-                    call.out[position * C + c] = grad[c] + scale * (d[c] - mean_d - unit[c] * mean_dx);
-            }
+                    call.out[(position + j) * C + c] = call.grad[(position + j) * C + c] + d.v[j][c];
+        });
     }
 
-    void reduce() {
-        const float keep = drop_hidden.scale;
-        parallel(blocks, call.threads, [&](int block) {
-            const int64_t first = int64_t(block) * BLOCK, at = first * features;
-            for (int slice = 1; slice < SLICES; slice++) {
-                const Sums& s = sums[slice];
-                for (int i = 0; i < features * BLOCK; i++) sums[0].w1[at + i] += s.w1[at + i];
-                for (int i = 0; i < features * BLOCK; i++) sums[0].w2[at + i] += s.w2[at + i];
-                for (int i = 0; i < BLOCK; i++) sums[0].b1[first + i] += s.b1[first + i];
-            }
-            for (int h = 0; h < BLOCK && first + h < call.hidden; h++) {
-                call.d_b1[first + h] = sums[0].b1[first + h];
-                for (int k = 0; k < features; k++) {
-                    const int64_t from = at + k * BLOCK + P::lane_of(h);
-                    call.d_w1[(first + h) * features + k] = sums[0].w1[from];
-                    call.d_w2[k * call.hidden + first + h] = keep / P::FS * sums[0].w2[from];
-                }
-            }
-        });
-        for (const Sums& s : sums) {
-            for (int k = 0; k < features; k++) call.d_b2[k] = (&s == &sums[0] ? 0 : call.d_b2[k]) + s.b2[k];
-            for (int c = 0; c < C; c++) {
-                call.d_gamma[c] = (&s == &sums[0] ? 0 : call.d_gamma[c]) + s.gamma[c];
-                call.d_beta[c] = (&s == &sums[0] ? 0 : call.d_beta[c]) + s.beta[c];
-            }
+    void reduce(int block) const {
+        const int64_t first = int64_t(block) * BLOCK;
+        const int there = std::min<int64_t>(BLOCK, call.hidden - first);
+        auto sum = [&](Buffer<float> Slice::*part, int64_t at, float* total) {
+            for (int h = 0; h < BLOCK; h++) total[h] = (slices[0].*part)[at + h];
+            for (int i = 1; i < SLICES; i++)
+                for (int h = 0; h < BLOCK; h++) total[h] += (slices[i].*part)[at + h];
+        };
+        float total[BLOCK];
+        sum(&Slice::b1, first, total);
+        for (int h = 0; h < there; h++) call.d_b1[first + h] = total[h];
+        for (int k = 0; k < features; k++) {
+            sum(&Slice::w1, first * features + k * BLOCK, total);
+            for (int h = 0; h < there; h++) call.d_w1[(first + h) * features + k] = total[P::lane_of(h)];
+            sum(&Slice::w2, first * features + k * BLOCK, total);
+            for (int h = 0; h < there; h++)
+                call.d_w2[k * call.hidden + first + h] = drop_hidden.scale / P::FS * total[P::lane_of(h)];
+        }
+    }
+    void reduce_rest() const {
+        std::fill_n(call.d_b2, features, 0.f), std::fill_n(call.d_gamma, C, 0.f), std::fill_n(call.d_beta, C, 0.f);
+        for (const Slice& s : slices) {
+            for (int k = 0; k < features; k++) call.d_b2[k] += s.b2[k];
+            for (int c = 0; c < C; c++)
+                for (int i = 0; i < C; i++) call.d_gamma[c] += s.gamma[c][i], call.d_beta[c] += s.beta[c][i];
         }
     }
 };
+
+std::mutex one_call;  // the buffers are shared
 
 }  // namespace
 
@@ -679,6 +761,7 @@ extern "C" void mixing_gelu(const float* z, float* value, float* derivative, int
 }
 
 extern "C" void mixing_run(const Call* call, int bfloat16, int backward) {
+    std::lock_guard<std::mutex> lock(one_call);
 #if defined(__AVX512BF16__)
     if (bfloat16) return Mixing<Bfloat16>(*call, backward).run();
 #endif
