@@ -31,6 +31,9 @@ from mixer.train import RECORD_FORMAT, Config, Record, best_epoch, find_device, 
 RESULTS = Path(__file__).parent.parent / "results"
 LRS, DROPOUTS, BATCH_SIZES = (0.01, 0.001), (0.0, 0.1), (256, 512)
 
+_HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+_ENVIRONMENT = ("torch", "device", "threads", "precision", "path", "commit", "data_sha256")
+
 log = logging.getLogger("mixer")
 
 
@@ -85,10 +88,9 @@ def read_record(path: Path) -> Record:
             raise ValueError(f"by its config it should be called {record_path(config).name}")
         if record["diverged"] is None and len(record["history"]) != config.num_epochs:
             raise ValueError(f"it has {len(record['history'])} of {config.num_epochs} epochs")
-        if not record["environment"]["path"]:
-            raise ValueError("it does not say where it was made")
-        for epoch in record["history"]:
-            float(epoch["test_accuracy"]), float(epoch["train_loss"])
+        for part, names in [(record["environment"], _ENVIRONMENT), *((e, _HISTORY) for e in record["history"])]:
+            for name in names:
+                part[name]
     except (ValueError, KeyError, TypeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise RecordError(
@@ -132,9 +134,6 @@ def histories(records: Iterable[Record]) -> pd.DataFrame:
     rows = [record["config"] | epoch for record in records for epoch in record["history"]]
     columns = [field.name for field in dataclasses.fields(Config)]
     return pd.DataFrame(rows, columns=[*columns, *_HISTORY])
-
-
-_HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
 
 # Running

@@ -32,7 +32,7 @@ class MixerBlock(nn.Module):
         U = X + W2 σ(W1 LayerNorm(X))        token mixing: along the patches, the same for every channel
         Y = U + W4 σ(W3 LayerNorm(U))        channel mixing: along the channels, the same for every patch
 
-    σ is GELU. Dropout, which the paper does not use, follows σ and each MLP's output, as in timm's ``Mlp``.
+    σ is GELU. Dropout, which the paper's code does not have, follows σ and each MLP's output, as in timm's ``Mlp``.
     """
 
     def __init__(

@@ -19,6 +19,7 @@ def record(config: Config, test, train=None, test_loss=None) -> dict:
     names = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
     rows = zip(range(1, len(test) + 1), test_loss, train, test_loss, test, [1.5] * len(test), strict=True)
     environment = {"device": "cpu: X_1", "threads": 2, "precision": "float32", "path": "plain", "torch": "2"}
+    environment |= {"commit": "0", "data_sha256": {}}
     return {
         "format": 1,
         "config": dataclasses.asdict(config),
@@ -257,3 +258,20 @@ def test_committed_files_follow_from_the_committed_records(tmp_path):
     for path in sorted(tmp_path.iterdir()):
         committed = report.GENERATED / path.name
         assert committed.read_text() == path.read_text(), f"{committed.name} is stale: run `make`"
+    readme = tmp_path / "README.md"
+    readme.write_text(report.README.read_text())
+    report.write_readme(report.load(), readme)
+    assert readme.read_text() == report.README.read_text(), "README.md's table is stale: run `make`"
+
+
+def test_the_readme_gets_its_table_and_keeps_the_rest(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(report.README.read_text())
+    report.write_readme(eight(num_epochs=2), readme)
+    first = readme.read_text()
+    assert "**Preliminary" in first and "| 0.01 | 0.1 | 256 | 90.00% (epoch 2) |" in first
+    report.write_readme(eight(), readme)
+    assert "Preliminary" not in (second := readme.read_text())
+    start, end = report._README_START, report._README_END
+    for part, place in ((0, start), (-1, end)):
+        assert first.split(place)[part] == second.split(place)[part] == report.README.read_text().split(place)[part]
