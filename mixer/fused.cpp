@@ -40,8 +40,9 @@ constexpr int V = 8, ROWS = 4;
 constexpr int V = 4, ROWS = 4;
 #endif
 constexpr int C = 16;         // channels of the residual stream
-constexpr int R = 64;         // rows in a tile
+constexpr int R = 128;        // rows in a tile
 constexpr int BLOCK = 2 * V;  // hidden units in a block
+constexpr int GROUP = 8;      // blocks that share one product along the units: its sums go through memory
 constexpr int SLICES = 8;
 
 typedef float Vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
@@ -269,12 +270,12 @@ void tile_of(int rows, const Word* a, int64_t as, const Word* b, int64_t bs, int
 template <class P>
 void add_product(const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, int rows,
                  int vectors) {
-    const int most = vectors == 1 ? 2 * ROWS : ROWS, parts = (rows + most - 1) / most;
+    const int parts = (rows + ROWS - 1) / ROWS;
     for (int part = 0; part < parts; part++) {
         const int m = rows * part / parts, count = rows * (part + 1) / parts - m;
         for (int n = 0; n < vectors;) {
             const int left = vectors - n, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
-            auto run = width == 3 ? tile_of<P, ROWS, 3> : width == 2 ? tile_of<P, ROWS, 2> : tile_of<P, 2 * ROWS, 1>;
+            auto run = width == 3 ? tile_of<P, ROWS, 3> : width == 2 ? tile_of<P, ROWS, 2> : tile_of<P, ROWS, 1>;
             run(count, a + m * as, as, b + n * V, bs, words, c + m * cs + n * V, cs);
             n += width;
         }
@@ -415,13 +416,13 @@ struct Slice {
     Buffer<Word> x_rows, g_rows;          // [row][word of features]
     Buffer<Word> x_features, g_features;  // [feature][word of rows]
     Buffer<Word> h_rows, d_rows;          // a block of the hidden layer and of its gradient: [word of rows][lane]
-    Buffer<Word> h_units, d_units;        // [row][word of units]
+    Buffer<Word> h_units, d_units;        // of GROUP blocks: [row][word of units]
     Buffer<float> y, y_rest;              // the product along the units: [row][feature], [feature][row][partial sum]
 } slices[SLICES];
 
 template <class P>
 class Mixing {
-    static constexpr int PAIR = P::PAIR, RW = R / PAIR, BW = BLOCK / PAIR, CW = C / PAIR;
+    static constexpr int PAIR = P::PAIR, RW = R / PAIR, BW = BLOCK / PAIR, CW = C / PAIR, UW = GROUP * BW;
 
     const Call& call;
     const bool backward, tokens;
@@ -505,11 +506,11 @@ class Mixing {
     }
 
     void prepare(Slice& s) const {
-        s.x_rows.reserve(R * words), s.h_units.reserve(R * BW);
+        s.x_rows.reserve(R * words), s.h_units.reserve(R * UW);
         s.y.reserve(R * wide), s.y_rest.reserve(rest * R * V);
         if (!backward) return;
         s.g_rows.reserve(R * words), s.x_features.reserve(features * RW), s.g_features.reserve(features * RW);
-        s.h_rows.reserve(RW * BLOCK), s.d_rows.reserve(RW * BLOCK), s.d_units.reserve(R * BW);
+        s.h_rows.reserve(RW * BLOCK), s.d_rows.reserve(RW * BLOCK), s.d_units.reserve(R * UW);
         const int64_t size = int64_t(blocks) * BLOCK * features;
         s.w1.reserve(size), s.w2.reserve(size), s.b1.reserve(blocks * BLOCK), s.b2.reserve(features + C);
         s.w1.clear(size), s.w2.clear(size), s.b1.clear(blocks * BLOCK), s.b2.clear(features + C);
@@ -570,15 +571,19 @@ class Mixing {
         }
     }
 
-    // y += units · along, for a block.
+    // y += units · along, for the group of blocks that ends with this one.
     void add_along_units(int block, const Word* units, Slice& s) const {
-        add_product<P>(units, BW, &weights.along[block * BW * int64_t(wide)], wide, BW, s.y.data, wide, R, vectors);
+        if (block % GROUP < GROUP - 1 && block < blocks - 1) return;
+        const int first = block / GROUP * GROUP, along = (block + 1 - first) * BW;
+        add_product<P>(units, UW, &weights.along[first * BW * int64_t(wide)], wide, along, s.y.data, wide, R, vectors);
         for (int k = 0; k < rest; k++)
             for (int row = 0; row < R; row++) {
                 float* to = &s.y_rest[(k * R + row) * V];
                 Vec sum = load(to);
-                for (int i = 0; i < BW; i += V)
-                    sum = P::dot(sum, load(units + row * BW + i), load(&weights.rest[(block * rest + k) * int64_t(BW) + i]));
+                for (int i = 0; i < along; i += V) {
+                    const Word* weight = &weights.rest[((first + i / BW) * rest + k) * int64_t(BW) + i % BW];
+                    sum = P::dot(sum, load(units + row * UW + i), load(weight));
+                }
                 store(to, sum);
             }
     }
@@ -604,7 +609,7 @@ class Mixing {
                 for (int m = 0; m < ROWS; m++) {
                     Vec f[2];
                     for (int n = 0; n < 2; n++) P::gelu(load(&z[m * BLOCK + n * V]), &f[n], nullptr);
-                    P::store_units(&s.h_units[(row + m) * BW], P::pack(f[0], f[1], keep(t, row + m, block)));
+                    P::store_units(&s.h_units[(row + m) * UW + block % GROUP * BW], P::pack(f[0], f[1], keep(t, row + m, block)));
                 }
             }
             add_along_units(block, s.h_units.data, s);
@@ -665,7 +670,7 @@ class Mixing {
                             b1[n] = P::add(b1[n], derivative[n], kept, n);
                         }
                         packed[i] = P::pack(f[0], f[1], kept), d_packed[i] = P::pack(derivative[0], derivative[1], kept);
-                        P::store_units(&s.d_units[(row + m + i) * BW], d_packed[i]);
+                        P::store_units(&s.d_units[(row + m + i) * UW + block % GROUP * BW], d_packed[i]);
                     }
                     P::store_rows(&s.h_rows[(row + m) / PAIR * BLOCK], packed[0], packed[1]);
                     P::store_rows(&s.d_rows[(row + m) / PAIR * BLOCK], d_packed[0], d_packed[1]);
