@@ -630,9 +630,10 @@ def readme_results(records: Sequence[Record]) -> str:
                 f"{run.last_train_accuracy:.2%}",
             ]
         lines.append(f"| {' | '.join(cells)} |")
-    where = f"{_from_records(records, 'path')} {_from_records(records, 'precision')}"
+    where = " ".join(_from_records(records, name) for name in ("path", "precision"))
+    epochs, device = records[0]["config"]["num_epochs"], _from_records(records, "device")
     about = (
-        f"One run each, seed 0, {records[0]['config']['num_epochs']} epochs ({where} on {_from_records(records, 'device')}, "
+        f"One run each, seed 0, {epochs} epochs ({where} on {device}, "
         f"{_training_time(records)} in all). The coursework reports {THEIR_ACCURACY:.2%} for "
         f"{_label(_settings({'config': vars(THEIR_CONFIG)}))} after {THEIR_CONFIG.num_epochs} epochs."
     )
