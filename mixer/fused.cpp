@@ -80,14 +80,6 @@ struct Dropout {
         word = (word ^ (word >> 15)) * 0x846CA68Bu;
         return word ^ (word >> 16);
     }
-    // What the channels of one position are multiplied with on the way out.
-    void channels(int64_t position, float* factor) const {
-        for (int i = 0; i < C / 2; i++) {
-            Word word = threshold ? hash(Word(position) * (C / 2) + i) : ~0u;
-            factor[2 * i] = (word & 0xFFFF) >= threshold ? scale : 0.f;
-            factor[2 * i + 1] = (word >> 16) >= threshold ? scale : 0.f;
-        }
-    }
 };
 
 // ---------------------------------------------------------------- the two precisions
@@ -136,7 +128,7 @@ struct Float32 {
         *f = z * phi;
         if (derivative) *derivative = phi + z * (0.398942280f * e);
     }
-    // Hidden units of one row, dropped out: as words along the units, and (of two rows) as words along the rows.
+    // Which of BLOCK elements, two a word from the `first` on, dropout keeps.
     struct Keep {
         Bits half[2];
     };
@@ -151,12 +143,12 @@ struct Float32 {
         memcpy(&k, bits, sizeof k);
         return k;
     }
-    static Keep keep_all() { return {{~Bits{}, ~Bits{}}}; }
-    static Vec add(Vec sum, Vec v, Keep k, int half) { return sum + (Vec)((Bits)v & k.half[half]); }
+    static Vec select(Vec v, Keep k, int half) { return (Vec)((Bits)v & k.half[half]); }
+    // BLOCK hidden units of a row as words along the units, and of two rows as words along the rows.
     struct Packed {
         Vec half[2];
     };
-    static Packed pack(Vec a, Vec b, Keep k) { return {{(Vec)((Bits)a & k.half[0]), (Vec)((Bits)b & k.half[1])}}; }
+    static Packed pack(Vec a, Vec b) { return {{a, b}}; }
     static void store_units(Word* to, Packed p) { store(to, p.half[0]), store(to + V, p.half[1]); }
     static void store_rows(Word* to, Packed p, Packed q) { store_units(to, p), store_units(to + BLOCK, q); }
 };
@@ -198,6 +190,7 @@ struct Bfloat16 {
     // Up to 16 elements as words; an odd one is paired with the zero that follows it.
     static void put(Word* to, const float* from, int count) {
         const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)load(from));
+        if (count == C) return _mm256_storeu_si256((__m256i*)to, packed);
         _mm256_mask_storeu_epi32(to, (1 << (count + 1) / 2) - 1, packed);
     }
 
@@ -220,14 +213,9 @@ struct Bfloat16 {
         static const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
         return _mm512_cmpge_epu16_mask((__m512i)drop.hash(lanes + first), _mm512_set1_epi16(drop.threshold));
     }
-    static Keep keep_all() { return ~0u; }
-    static Vec add(Vec sum, Vec v, Keep k, int half) {
-        return (Vec)_mm512_mask_add_ps((__m512)sum, k >> (half * V), (__m512)sum, (__m512)v);
-    }
+    static Vec select(Vec v, Keep k, int half) { return (Vec)_mm512_maskz_mov_ps(k >> (half * V), (__m512)v); }
     using Packed = __m512i;
-    static Packed pack(Vec a, Vec b, Keep k) {
-        return (__m512i)_mm512_maskz_cvtne2ps_pbh(k, (__m512)b, (__m512)a);
-    }
+    static Packed pack(Vec a, Vec b) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
     static void store_units(Word* to, Packed p) { store(to, (Vec)p); }
     // Unpacking interleaves within 128 bits, so the units end up in an order of their own; lane_of knows it.
     static void store_rows(Word* to, Packed p, Packed q) {
@@ -259,24 +247,25 @@ inline void tile(const Word* a, int64_t as, const Word* b, int64_t bs, int words
 }
 
 template <class P, int M, int N>
-void tile_of(int rows, const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs) {
+void tile_of(int rows, const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs,
+             Start start) {
     if constexpr (M > 0) {
-        if (rows == M) return tile<P, M, N>(a, as, b, bs, words, c, cs, FROM_C, nullptr);
-        tile_of<P, M - 1, N>(rows, a, as, b, bs, words, c, cs);
+        if (rows == M) return tile<P, M, N>(a, as, b, bs, words, c, cs, start, nullptr);
+        tile_of<P, M - 1, N>(rows, a, as, b, bs, words, c, cs, start);
     }
 }
 
-// C (rows × vectors · V) += A (rows × words) · B (words × vectors · V), cut into register tiles.
+// C (rows × vectors · V), or zero, += A (rows × words) · B (words × vectors · V), cut into register tiles.
 template <class P>
 void add_product(const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, int rows,
-                 int vectors) {
+                 int vectors, Start start = FROM_C) {
     const int parts = (rows + ROWS - 1) / ROWS;
     for (int part = 0; part < parts; part++) {
         const int m = rows * part / parts, count = rows * (part + 1) / parts - m;
         for (int n = 0; n < vectors;) {
             const int left = vectors - n, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
             auto run = width == 3 ? tile_of<P, ROWS, 3> : width == 2 ? tile_of<P, ROWS, 2> : tile_of<P, ROWS, 1>;
-            run(count, a + m * as, as, b + n * V, bs, words, c + m * cs + n * V, cs);
+            run(count, a + m * as, as, b + n * V, bs, words, c + m * cs + n * V, cs, start);
             n += width;
         }
     }
@@ -342,16 +331,22 @@ struct alignas(64) Square {
     // [position][channel] <-> [channel][position]
     void transpose() {
 #if defined(__AVX512F__)
-        static const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        for (int d = 1; d < C; d *= 2) {  // swap the off-diagonal d×d blocks of every 2d×2d block
+        const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Vec row[C];
+        for (int i = 0; i < C; i++) row[i] = load(v[i]);
+#pragma GCC unroll 4
+        for (int step = 0; step < 4; step++) {  // swap the off-diagonal d×d parts of every 2d×2d part
+            const int d = 1 << step;
             const Bits low = (lanes & d) ? (lanes ^ d) | 16 : lanes, high = (lanes & d) ? lanes | 16 : lanes | d;
+#pragma GCC unroll 16
             for (int i = 0; i < C; i++)
                 if (!(i & d)) {
-                    const __m512 a = (__m512)load(v[i]), b = (__m512)load(v[i + d]);
-                    store(v[i], (Vec)_mm512_permutex2var_ps(a, (__m512i)low, b));
-                    store(v[i + d], (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b));
+                    const __m512 a = (__m512)row[i], b = (__m512)row[i + d];
+                    row[i] = (Vec)_mm512_permutex2var_ps(a, (__m512i)low, b);
+                    row[i + d] = (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b);
                 }
         }
+        for (int i = 0; i < C; i++) store(v[i], row[i]);
 #else
         for (int i = 0; i < C; i++)
             for (int j = 0; j < i; j++) std::swap(v[i][j], v[j][i]);
@@ -364,14 +359,19 @@ struct Norm {
     alignas(64) float scale[C];
 
     explicit Norm(Square& x) {
-        alignas(64) float mean[C] = {}, square[C] = {};
-        for (int c = 0; c < C; c++)
-            for (int i = 0; i < C; i++) mean[i] += x.v[c][i] * (1.f / C);
-        for (int c = 0; c < C; c++)
-            for (int i = 0; i < C; i++) x.v[c][i] -= mean[i], square[i] += x.v[c][i] * x.v[c][i];
-        for (int i = 0; i < C; i++) scale[i] = 1 / std::sqrt(square[i] * (1.f / C) + 1e-6f);
-        for (int c = 0; c < C; c++)
-            for (int i = 0; i < C; i++) x.v[c][i] *= scale[i];
+        for (int i = 0; i < C; i += V) {
+            Vec mean{}, square{};
+            for (int c = 0; c < C; c++) mean += load(&x.v[c][i]);
+            mean *= 1.f / C;
+            for (int c = 0; c < C; c++) {
+                const Vec d = load(&x.v[c][i]) - mean;
+                square += d * d;
+                store(&x.v[c][i], d);
+            }
+            store(scale + i, square * (1.f / C) + 1e-6f);
+            for (int j = i; j < i + V; j++) scale[j] = 1 / std::sqrt(scale[j]);
+            for (int c = 0; c < C; c++) store(&x.v[c][i], load(&x.v[c][i]) * load(scale + i));
+        }
     }
 };
 
@@ -432,7 +432,7 @@ class Mixing {
     const int vectors, rest;    // features = vectors · V + rest; a large rest makes another vector
     const int wide;             // vectors · V
     const int groups, group;    // a tile has `groups` images of `group` patches, or one group of R positions
-    const int tiles;
+    const int tiles, parts;     // parts: the slices in use
     const Dropout drop_hidden, drop_out;
 
    public:
@@ -450,6 +450,7 @@ class Mixing {
           groups(tokens ? R / C : 1),
           group(tokens ? call.patches : R),
           tiles(tokens ? (call.batch + groups - 1) / groups : (positions + R - 1) / R),
+          parts(std::min(tiles, SLICES)),
           drop_hidden(call.threshold, *call.seed, 0),
           drop_out(call.threshold, *call.seed, 1) {}
 
@@ -460,11 +461,11 @@ class Mixing {
         weights.along.reserve(int64_t(blocks) * BW * wide);
         weights.rest.reserve(int64_t(blocks) * BW * rest);
         parallel(blocks, call.threads, [&](int block) { pack(block); });
-        parallel(SLICES, call.threads, [&](int i) {
+        parallel(parts, call.threads, [&](int i) {
             Slice& s = slices[i];
             prepare(s);
-            for (int t = int64_t(tiles) * i / SLICES; t < int64_t(tiles) * (i + 1) / SLICES; t++)
-                backward ? tile_backward(t, s) : tile_forward(t, s);
+            const int first = int64_t(tiles) * i / parts, last = int64_t(tiles) * (i + 1) / parts;
+            for (int t = first; t < last; t++) backward ? tile_backward(t, s, t == first) : tile_forward(t, s);
         });
         if (backward) {
             parallel(blocks, call.threads, [&](int block) { reduce(block); });
@@ -476,33 +477,36 @@ class Mixing {
     void pack(int block) {
         const int64_t hidden = call.hidden, first = int64_t(block) * BLOCK;
         const int there = std::min<int64_t>(BLOCK, hidden - first), padded = wide + rest;
-        std::vector<float> w1(BLOCK * padded), w2 = w1, w1t((features + 1) * BLOCK), w2t = w1t;
-        for (int h = 0; h < BLOCK; h++) weights.bias[first + h] = h < there ? P::ZS * call.b1[first + h] : 0;
-        for (int h = 0; h < there; h++)
+        std::vector<float> by_feature((features + 1) * BLOCK), by_unit(BLOCK * padded);
+        auto take = [&](const float* w, int64_t unit, int64_t feature) {  // w's strides
             for (int k = 0; k < features; k++)
-                w1[h * padded + k] = w1t[k * BLOCK + h] = call.w1[(first + h) * features + k];
-        for (int k = 0; k < features; k++)
+                for (int h = 0; h < there; h++) by_feature[k * BLOCK + h] = w[(first + h) * unit + k * feature];
             for (int h = 0; h < there; h++)
-                w2[h * padded + k] = w2t[k * BLOCK + h] = call.w2[k * hidden + first + h];
+                for (int k = 0; k < features; k++) by_unit[h * padded + k] = w[(first + h) * unit + k * feature];
+        };
+        for (int h = 0; h < BLOCK; h++) weights.bias[first + h] = h < there ? P::ZS * call.b1[first + h] : 0;
 
-        auto along_features = [&](Word* to, const float* from, float scale) {
+        auto along_features = [&](Word* to, float scale) {
+            const float* from = by_feature.data();
             for (int w = 0; w < words; w++)
                 for (int h = 0; h < BLOCK; h++)
                     to[w * BLOCK + h] = P::word(scale * from[w * PAIR * BLOCK + h],
                                                 scale * from[(w * PAIR + PAIR - 1) * BLOCK + h]);
         };
-        auto along_units = [&](const float* from, float scale) {
+        auto along_units = [&](float scale) {
             for (int w = 0; w < BW; w++) {
-                const float *a = from + w * PAIR * padded, *b = from + (w * PAIR + PAIR - 1) * padded;
+                const float *from = by_unit.data(), *a = from + w * PAIR * padded, *b = from + (w * PAIR + PAIR - 1) * padded;
                 Word *to = &weights.along[(block * BW + w) * int64_t(wide)], *to_rest = &weights.rest[block * BW * rest];
                 for (int k = 0; k < wide; k++) to[k] = P::word(scale * a[k], scale * b[k]);
                 for (int k = 0; k < rest; k++) to_rest[k * BW + w] = P::word(scale * a[wide + k], scale * b[wide + k]);
             }
         };
-        along_features(&weights.in_units[block * words * int64_t(BLOCK)], w1t.data(), P::ZS);
-        if (!backward) return along_units(w2.data(), drop_hidden.scale / P::FS);
-        along_features(&weights.out_units[block * words * int64_t(BLOCK)], w2t.data(), drop_hidden.scale / P::DS);
-        along_units(w1.data(), 1);
+        take(call.w1, features, 1);
+        along_features(&weights.in_units[block * words * int64_t(BLOCK)], P::ZS);
+        if (backward) along_units(1);
+        take(call.w2, 1, hidden);
+        if (!backward) return along_units(drop_hidden.scale / P::FS);
+        along_features(&weights.out_units[block * words * int64_t(BLOCK)], drop_hidden.scale / P::DS);
     }
 
     void prepare(Slice& s) const {
@@ -513,7 +517,7 @@ class Mixing {
         s.h_rows.reserve(RW * BLOCK), s.d_rows.reserve(RW * BLOCK), s.d_units.reserve(R * UW);
         const int64_t size = int64_t(blocks) * BLOCK * features;
         s.w1.reserve(size), s.w2.reserve(size), s.b1.reserve(blocks * BLOCK), s.b2.reserve(features + C);
-        s.w1.clear(size), s.w2.clear(size), s.b1.clear(blocks * BLOCK), s.b2.clear(features + C);
+        s.b1.clear(blocks * BLOCK), s.b2.clear(features + C);
         std::memset(s.gamma, 0, sizeof s.gamma), std::memset(s.beta, 0, sizeof s.beta);
     }
 
@@ -562,12 +566,14 @@ class Mixing {
 
     // The product along the units for a square: [channel][position] in token mixing, else [position][channel].
     void get(Square& to, int i, int g, const Slice& s) const {
+        const int first = tokens ? i : 0, row = tokens ? g * C : i;
         for (int a = 0; a < C; a++) {
-            const int row = tokens ? g * C + a : i + a, first = tokens ? i : 0;
-            for (int b = 0; b < C; b++) {
-                const int k = first + b;
-                to.v[a][b] = k < wide ? s.y[row * wide + k] : k < features ? s.y_rest[((k - wide) * R + row) * V] : 0;
-            }
+            if (first + C <= wide) std::memcpy(to.v[a], &s.y[(row + a) * wide + first], sizeof to.v[a]);
+            else
+                for (int k = first; k < first + C; k++)
+                    to.v[a][k - first] = k < wide       ? s.y[(row + a) * wide + k]
+                                         : k < features ? s.y_rest[((k - wide) * R + row + a) * V]
+                                                        : 0;
         }
     }
 
@@ -592,10 +598,27 @@ class Mixing {
         for (int i = 0; i < rest * R; i++) s.y_rest[i * V] = sum(load(&s.y_rest[i * V]));
     }
 
-    typename P::Keep keep(int t, int row, int block) const {
-        if (!drop_hidden.threshold) return P::keep_all();
+    // Two vectors of hidden units, dropped out (the scale is in the weights).
+    struct Dropper {
+        bool on;
+        typename P::Keep kept;
+        Vec operator()(Vec v, int half) const { return on ? P::select(v, kept, half) : v; }
+    };
+    Dropper drop(int t, int row, int block) const {
+        if (!drop_hidden.threshold) return {false, {}};
         const Word pairs = (call.hidden + 1) / 2;
-        return P::keep(drop_hidden, Word(int64_t(t) * R + row) * pairs + block * (BLOCK / 2));
+        return {true, P::keep(drop_hidden, Word(int64_t(t) * R + row) * pairs + block * (BLOCK / 2))};
+    }
+    // The outputs of 16 positions, [position][channel], dropped out.
+    void drop_outputs(Square& y, int64_t position) const {
+        if (!drop_out.threshold) return;
+        for (int i = 0; i < C * C; i += BLOCK) {
+            const auto kept = P::keep(drop_out, (Word(position) * C + i) / 2);
+            for (int n = 0; n < 2; n++) {
+                float* at = y.v[0] + i + n * V;
+                store(at, P::select(load(at) * drop_out.scale, kept, n));
+            }
+        }
     }
 
     void tile_forward(int t, Slice& s) const {
@@ -607,9 +630,13 @@ class Mixing {
                 tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[block * words * int64_t(BLOCK)], BLOCK,
                                  words, z, BLOCK, BIAS, &weights.bias[block * BLOCK]);
                 for (int m = 0; m < ROWS; m++) {
+                    const Dropper dropped = drop(t, row + m, block);
                     Vec f[2];
-                    for (int n = 0; n < 2; n++) P::gelu(load(&z[m * BLOCK + n * V]), &f[n], nullptr);
-                    P::store_units(&s.h_units[(row + m) * UW + block % GROUP * BW], P::pack(f[0], f[1], keep(t, row + m, block)));
+                    for (int n = 0; n < 2; n++) {
+                        P::gelu(load(&z[m * BLOCK + n * V]), &f[n], nullptr);
+                        f[n] = dropped(f[n], n);
+                    }
+                    P::store_units(&s.h_units[(row + m) * UW + block % GROUP * BW], P::pack(f[0], f[1]));
                 }
             }
             add_along_units(block, s.h_units.data, s);
@@ -619,26 +646,21 @@ class Mixing {
             Square y;
             get(y, i, g, s);
             if (tokens) y.transpose();
-            for (int j = 0; j < count; j++) {
-                float factor[C];
-                drop_out.channels(position + j, factor);
-                const float* x = call.x + (position + j) * C;
-                float* out = call.out + (position + j) * C;
-                for (int c = 0; c < C; c++) out[c] = x[c] + factor[c] * (y.v[j][c] + call.b2[tokens ? i + j : c]);
-            }
+            for (int j = 0; j < count; j++)
+                for (int c = 0; c < C; c++) y.v[j][c] += call.b2[tokens ? i + j : c];
+            drop_outputs(y, position);
+            for (int j = 0; j < count; j++)
+                for (int c = 0; c < C; c++)
+                    call.out[(position + j) * C + c] = call.x[(position + j) * C + c] + y.v[j][c];
         });
     }
 
-    void tile_backward(int t, Slice& s) const {
+    void tile_backward(int t, Slice& s, bool first) const {
         put_normalised(t, s);
         squares(t, [&](int64_t position, int i, int g, int count) {
             Square grad;
             read(grad, call.grad, position, count);
-            for (int j = 0; j < count; j++) {
-                float factor[C];
-                drop_out.channels(position + j, factor);
-                for (int c = 0; c < C; c++) grad.v[j][c] *= factor[c];
-            }
+            drop_outputs(grad, position);
             put_channels(grad, i, g, s.g_rows, s.g_features);
             if (!tokens)
                 for (int j = 0; j < C; j++)
@@ -662,14 +684,15 @@ class Mixing {
                 for (int m = 0; m < ROWS; m += 2) {
                     typename P::Packed packed[2], d_packed[2];
                     for (int i = 0; i < 2; i++) {
-                        const auto kept = keep(t, row + m + i, block);
+                        const Dropper dropped = drop(t, row + m + i, block);
                         Vec f[2], derivative[2];
                         for (int n = 0; n < 2; n++) {
                             P::gelu(load(&z[(m + i) * BLOCK + n * V]), &f[n], &derivative[n]);
-                            derivative[n] *= load(&d[(m + i) * BLOCK + n * V]);
-                            b1[n] = P::add(b1[n], derivative[n], kept, n);
+                            f[n] = dropped(f[n], n);
+                            derivative[n] = dropped(derivative[n] * load(&d[(m + i) * BLOCK + n * V]), n);
+                            b1[n] += derivative[n];
                         }
-                        packed[i] = P::pack(f[0], f[1], kept), d_packed[i] = P::pack(derivative[0], derivative[1], kept);
+                        packed[i] = P::pack(f[0], f[1]), d_packed[i] = P::pack(derivative[0], derivative[1]);
                         P::store_units(&s.d_units[(row + m + i) * UW + block % GROUP * BW], d_packed[i]);
                     }
                     P::store_rows(&s.h_rows[(row + m) / PAIR * BLOCK], packed[0], packed[1]);
@@ -677,9 +700,10 @@ class Mixing {
                 }
                 for (int n = 0; n < 2; n++) store(&s.b1[block * BLOCK + n * V], b1[n]);
             }
+            const Start start = first ? ZERO : FROM_C;
             const int64_t sums = block * features * int64_t(BLOCK);
-            add_product<P>(s.g_features.data, RW, s.h_rows.data, BLOCK, RW, &s.w2[sums], BLOCK, features, 2);
-            add_product<P>(s.x_features.data, RW, s.d_rows.data, BLOCK, RW, &s.w1[sums], BLOCK, features, 2);
+            add_product<P>(s.g_features.data, RW, s.h_rows.data, BLOCK, RW, &s.w2[sums], BLOCK, features, 2, start);
+            add_product<P>(s.x_features.data, RW, s.d_rows.data, BLOCK, RW, &s.w1[sums], BLOCK, features, 2, start);
             add_along_units(block, s.d_units.data, s);
         }
         finish(s);
@@ -690,16 +714,20 @@ class Mixing {
             const Norm norm{x};
             get(d, i, g, s);
             if (!tokens) d.transpose();
-            alignas(64) float mean_d[C] = {}, mean_dx[C] = {};
-            for (int c = 0; c < C; c++)
-                for (int j = 0; j < C; j++) {
-                    s.gamma[c][j] += d.v[c][j] * x.v[c][j], s.beta[c][j] += d.v[c][j];
-                    d.v[c][j] *= call.gamma[c];
-                    mean_d[j] += d.v[c][j] * (1.f / C), mean_dx[j] += d.v[c][j] * x.v[c][j] * (1.f / C);
+            for (int j = 0; j < C; j += V) {
+                Vec mean_d{}, mean_dx{};
+                for (int c = 0; c < C; c++) {
+                    const Vec unit = load(&x.v[c][j]), dc = load(&d.v[c][j]), weighted = dc * call.gamma[c];
+                    store(&s.gamma[c][j], load(&s.gamma[c][j]) + dc * unit);
+                    store(&s.beta[c][j], load(&s.beta[c][j]) + dc);
+                    mean_d += weighted, mean_dx += weighted * unit;
                 }
-            for (int c = 0; c < C; c++)
-                for (int j = 0; j < C; j++)
-                    d.v[c][j] = norm.scale[j] * (d.v[c][j] - mean_d[j] - x.v[c][j] * mean_dx[j]);
+                mean_d *= 1.f / C, mean_dx *= 1.f / C;
+                for (int c = 0; c < C; c++) {
+                    const Vec inner = load(&d.v[c][j]) * call.gamma[c] - mean_d - load(&x.v[c][j]) * mean_dx;
+                    store(&d.v[c][j], inner * load(norm.scale + j));
+                }
+            }
             d.transpose();
             for (int j = 0; j < count; j++)
                 for (int c = 0; c < C; c++)
@@ -710,25 +738,27 @@ class Mixing {
     void reduce(int block) const {
         const int64_t first = int64_t(block) * BLOCK;
         const int there = std::min<int64_t>(BLOCK, call.hidden - first);
-        auto sum = [&](Buffer<float> Slice::*part, int64_t at, float* total) {
-            for (int h = 0; h < BLOCK; h++) total[h] = (slices[0].*part)[at + h];
-            for (int i = 1; i < SLICES; i++)
-                for (int h = 0; h < BLOCK; h++) total[h] += (slices[i].*part)[at + h];
+        std::vector<float> total(features * BLOCK);
+        auto sum = [&](Buffer<float> Slice::*part, int64_t at, int count) {
+            std::copy_n(&(slices[0].*part)[at], count, total.data());
+            for (int i = 1; i < parts; i++)
+                for (int j = 0; j < count; j++) total[j] += (slices[i].*part)[at + j];
         };
-        float total[BLOCK];
-        sum(&Slice::b1, first, total);
-        for (int h = 0; h < there; h++) call.d_b1[first + h] = total[h];
-        for (int k = 0; k < features; k++) {
-            sum(&Slice::w1, first * features + k * BLOCK, total);
-            for (int h = 0; h < there; h++) call.d_w1[(first + h) * features + k] = total[P::lane_of(h)];
-            sum(&Slice::w2, first * features + k * BLOCK, total);
+        sum(&Slice::b1, first, BLOCK);
+        std::copy_n(total.data(), there, call.d_b1 + first);
+        sum(&Slice::w1, first * features, features * BLOCK);
+        for (int h = 0; h < there; h++)
+            for (int k = 0; k < features; k++)
+                call.d_w1[(first + h) * features + k] = total[k * BLOCK + P::lane_of(h)];
+        sum(&Slice::w2, first * features, features * BLOCK);
+        for (int k = 0; k < features; k++)
             for (int h = 0; h < there; h++)
-                call.d_w2[k * call.hidden + first + h] = drop_hidden.scale / P::FS * total[P::lane_of(h)];
-        }
+                call.d_w2[k * call.hidden + first + h] = drop_hidden.scale / P::FS * total[k * BLOCK + P::lane_of(h)];
     }
     void reduce_rest() const {
         std::fill_n(call.d_b2, features, 0.f), std::fill_n(call.d_gamma, C, 0.f), std::fill_n(call.d_beta, C, 0.f);
-        for (const Slice& s : slices) {
+        for (int part = 0; part < parts; part++) {
+            const Slice& s = slices[part];
             for (int k = 0; k < features; k++) call.d_b2[k] += s.b2[k];
             for (int c = 0; c < C; c++)
                 for (int i = 0; i < C; i++) call.d_gamma[c] += s.gamma[c][i], call.d_beta[c] += s.beta[c][i];
