@@ -365,7 +365,7 @@ class _Bar(tqdm):
             disable=not shown,
             position=position,
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining} left",
         )
 
     def step(self, epoch: int, loss: Tensor) -> None:
