@@ -117,7 +117,8 @@ struct Float32 {
         return (Vec)((Bits)p + exponent);
     }
     // erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7).
-    static void gelu(Vec z, Vec* f, Vec* derivative) {
+    struct Gelu {
+        void operator()(Vec z, Vec* f, Vec* derivative) const {
         Vec u = z < 0.f ? -z : z;
         Vec e = exp(-0.5f * u * u);
         Vec t = 1.f / (1.f + (0.3275911f * 0.70710678f) * u);
@@ -128,6 +129,7 @@ struct Float32 {
         *f = z * phi;
         if (derivative) *derivative = phi + z * (0.398942280f * e);
     }
+    };
     // Which of BLOCK elements, two a word from the `first` on, dropout keeps.
     struct Keep {
         Bits half[2];
@@ -156,7 +158,7 @@ struct Float32 {
 #if defined(__AVX512BF16__)
 // F(u) = 2s·gelu(u/s) = u + |u|·erf(|u| / (s·√2)): an even function added to u, by 32 parabolas of width 1/16 in
 // |u|, the last of which is |u| itself. s = 7/16 makes it begin at |z| = 4.36, where gelu(-z) is 3e-5.
-struct GeluTable {
+struct alignas(64) GeluTable {
     float c[3][32];
     GeluTable() {
         const double s = 7. / 16, width = 1. / 16;
@@ -194,20 +196,24 @@ struct Bfloat16 {
         _mm256_mask_storeu_epi32(to, (1 << (count + 1) / 2) - 1, packed);
     }
 
-    static void gelu(Vec z, Vec* f, Vec* derivative) {
-        const __m512* c = reinterpret_cast<const __m512*>(gelu_table.c);
-        const Bits sign = Bits{} + 0x80000000u;
-        Vec u = (Vec)((Bits)z & ~sign);
-        // 1.5 · 2^19 has steps of 1/16, so its low bits count the pieces.
-        __m512 at = _mm512_min_ps((__m512)(u + 786432.f), _mm512_set1_ps(786432.f + 31.f / 16));
-        __m512i i = _mm512_castps_si512(at);
-        Vec c0 = (Vec)_mm512_permutex2var_ps(c[0], i, c[1]);
-        Vec c1 = (Vec)_mm512_permutex2var_ps(c[2], i, c[3]);
-        Vec c2 = (Vec)_mm512_permutex2var_ps(c[4], i, c[5]);
-        Vec t = c1 + c2 * u;
-        *f = (c0 + t * u) + z;
-        if (derivative) *derivative = 1.f + (Vec)((Bits)(t + c2 * u) ^ ((Bits)z & sign));
-    }
+    struct Gelu {
+        Vec table[6];  // a copy, which the compiler can keep in registers
+        Gelu() {
+            for (int i = 0; i < 6; i++) table[i] = load(gelu_table.c[0] + i * V);
+        }
+        static Vec look_up(Vec low, __m512i i, Vec high) {
+            return (Vec)_mm512_permutex2var_ps((__m512)low, i, (__m512)high);
+        }
+        void operator()(Vec z, Vec* f, Vec* derivative) const {
+            const Bits sign = Bits{} + 0x80000000u;
+            const Vec u = (Vec)((Bits)z & ~sign);
+            // 1.5 · 2^19 has steps of 1/16, so its low bits count the pieces.
+            const __m512i i = (__m512i)_mm512_min_ps((__m512)(u + 786432.f), _mm512_set1_ps(786432.f + 31.f / 16));
+            const Vec c2 = look_up(table[4], i, table[5]), t = look_up(table[2], i, table[3]) + c2 * u;
+            *f = (look_up(table[0], i, table[1]) + t * u) + z;
+            if (derivative) *derivative = 1.f + (Vec)((Bits)(t + c2 * u) ^ ((Bits)z & sign));
+        }
+    };
     using Keep = __mmask32;
     static Keep keep(const Dropout& drop, Word first) {
         static const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -622,6 +628,7 @@ class Mixing {
     }
 
     void tile_forward(int t, Slice& s) const {
+        const typename P::Gelu gelu;
         put_normalised(t, s);
         clear(s);
         for (int block = 0; block < blocks; block++) {
@@ -633,7 +640,7 @@ class Mixing {
                     const Dropper dropped = drop(t, row + m, block);
                     Vec f[2];
                     for (int n = 0; n < 2; n++) {
-                        P::gelu(load(&z[m * BLOCK + n * V]), &f[n], nullptr);
+                        gelu(load(&z[m * BLOCK + n * V]), &f[n], nullptr);
                         f[n] = dropped(f[n], n);
                     }
                     P::store_units(&s.h_units[(row + m) * UW + block % GROUP * BW], P::pack(f[0], f[1]));
@@ -656,6 +663,7 @@ class Mixing {
     }
 
     void tile_backward(int t, Slice& s, bool first) const {
+        const typename P::Gelu gelu;
         put_normalised(t, s);
         squares(t, [&](int64_t position, int i, int g, int count) {
             Square grad;
@@ -687,7 +695,7 @@ class Mixing {
                         const Dropper dropped = drop(t, row + m + i, block);
                         Vec f[2], derivative[2];
                         for (int n = 0; n < 2; n++) {
-                            P::gelu(load(&z[(m + i) * BLOCK + n * V]), &f[n], &derivative[n]);
+                            gelu(load(&z[(m + i) * BLOCK + n * V]), &f[n], &derivative[n]);
                             f[n] = dropped(f[n], n);
                             derivative[n] = dropped(derivative[n] * load(&d[(m + i) * BLOCK + n * V]), n);
                             b1[n] += derivative[n];
@@ -781,9 +789,10 @@ extern "C" int mixing_has_bfloat16() {
 // gelu and its derivative, as a tile computes them: for the tests. `count` is a multiple of V.
 template <class P>
 void gelu(const float* z, float* value, float* derivative, int64_t count) {
+    const typename P::Gelu gelu;
     for (int64_t i = 0; i < count; i += V) {
         Vec f, d;
-        P::gelu(P::ZS * load(z + i), &f, &d);
+        gelu(P::ZS * load(z + i), &f, &d);
         store(value + i, f / P::FS), store(derivative + i, d / P::DS);
     }
 }
