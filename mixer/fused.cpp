@@ -63,21 +63,25 @@ inline float sum(Vec v) {
 
 // ---------------------------------------------------------------- dropout
 
+// fused.py's dropout_scale: a word of two random 16-bit numbers from the sum of a row's and a column's hash.
 struct Dropout {
-    Word threshold = 0, low = 0, high = 0;  // of 65536; the key
-    float scale = 1;
+    Word threshold, low, high;  // of 65536; the key
+    float scale;                // of what is kept
 
-    Dropout(int threshold, int64_t seed, int stream) : threshold(threshold) {
+    Dropout(int threshold, int64_t seed, int stream) : threshold(threshold), scale(65536.f / (65536 - threshold)) {
         uint64_t key = uint64_t(seed) + stream * 0x9E3779B97F4A7C15u;
         for (int round = 0; round < 2; round++) key = (key ^ key >> 32) * 0xD6E8FEB86659FD93u;
         low = Word(key), high = Word(key >> 32);
-        scale = 65536.f / (65536 - threshold);
     }
-    // The hash of fused.py's dropout_scale: two 16-bit random numbers from a counter.
+    Word row(Word index) const {
+        index ^= low;
+        index = (index ^ (index >> 16)) * 0x7FEB352Du ^ high;
+        return mix(index);
+    }
+    Word column(Word index) const { return row(index | 1u << 31); }
+
     template <class T>
-    T hash(T word) const {
-        word ^= low;
-        word = (word ^ (word >> 16)) * 0x7FEB352Du ^ high;
+    static T mix(T word) {
         word = (word ^ (word >> 15)) * 0x846CA68Bu;
         return word ^ (word >> 16);
     }
@@ -131,17 +135,17 @@ struct Float32 {
         if (derivative) *derivative = phi + z * (0.398942280f * e);
     }
     };
-    // Which of BLOCK elements, two a word from the `first` on, dropout keeps.
+    // Which of BLOCK elements of a row, two a column, dropout keeps.
     struct Keep {
         Bits half[2];
     };
-    static Keep keep(const Dropout& drop, Word first) {
+    static Keep keep(Word threshold, Word row, const Word* columns) {
         Keep k;
         Word bits[BLOCK];
         for (int i = 0; i < BLOCK / 2; i++) {
-            Word word = drop.hash(first + i);
-            bits[2 * i] = (word & 0xFFFF) >= drop.threshold ? ~0u : 0;
-            bits[2 * i + 1] = (word >> 16) >= drop.threshold ? ~0u : 0;
+            Word word = Dropout::mix(row + columns[i]);
+            bits[2 * i] = (word & 0xFFFF) >= threshold ? ~0u : 0;
+            bits[2 * i + 1] = (word >> 16) >= threshold ? ~0u : 0;
         }
         memcpy(&k, bits, sizeof k);
         return k;
@@ -216,9 +220,9 @@ struct Bfloat16 {
         }
     };
     using Keep = __mmask32;
-    static Keep keep(const Dropout& drop, Word first) {
-        static const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        return _mm512_cmpge_epu16_mask((__m512i)drop.hash(lanes + first), _mm512_set1_epi16(drop.threshold));
+    static Keep keep(Word threshold, Word row, const Word* columns) {
+        const Bits words = Dropout::mix((Bits)load(columns) + row);
+        return _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(threshold));
     }
     static Vec select(Vec v, Keep k, int half) { return (Vec)_mm512_maskz_mov_ps(k >> (half * V), (__m512)v); }
     using Packed = __m512i;
@@ -432,11 +436,13 @@ struct Buffer {
 struct Weights {
     Buffer<Word> in_units, out_units, along, rest;
     Buffer<float> bias;
+    Buffer<Word> columns;  // of the hidden layer's dropout
 } weights;
 
 // What one slice needs: the sums of its weight gradients and a tile's data.
 struct Slice {
     Buffer<float> w1, w2, b1, b2;  // sums: [block][feature][lane], the same, [unit], [feature]
+    Word drop_rows[R];
     alignas(64) float gamma[C][C], beta[C][C];  // sums: [channel][position modulo C]
     Buffer<Word> x_rows, g_rows;          // [row][word of features]
     Buffer<Word> x_features, g_features;  // [feature][word of rows]
@@ -459,6 +465,7 @@ class Mixing {
     const int groups, group;    // a tile has `groups` images of `group` patches, or one group of R positions
     const int tiles, parts;     // parts: the slices in use
     const Dropout drop_hidden, drop_out;
+    Word drop_columns[C / 2];  // of the outputs
 
    public:
     Mixing(const Call& call, bool backward)
@@ -477,7 +484,9 @@ class Mixing {
           tiles(tokens ? (call.batch + groups - 1) / groups : (positions + R - 1) / R),
           parts(std::min(tiles, SLICES)),
           drop_hidden(call.threshold, *call.seed, 0),
-          drop_out(call.threshold, *call.seed, 1) {}
+          drop_out(call.threshold, *call.seed, 1) {
+        for (int i = 0; i < C / 2; i++) drop_columns[i] = drop_out.column(i);
+    }
 
     void run() {
         weights.bias.reserve(blocks * BLOCK);
@@ -485,6 +494,8 @@ class Mixing {
         weights.out_units.reserve(int64_t(blocks) * words * BLOCK);
         weights.along.reserve(int64_t(blocks) * BW * wide);
         weights.rest.reserve(int64_t(blocks) * BW * rest);
+        weights.columns.reserve(blocks * BLOCK / 2);
+        for (int i = 0; i < blocks * BLOCK / 2; i++) weights.columns[i] = drop_hidden.column(i);
         parallel(blocks, call.threads, [&](int block) { pack(block); });
         parallel(parts, call.threads, [&](int i) {
             Slice& s = slices[i];
@@ -618,7 +629,10 @@ class Mixing {
                 store(to, sum);
             }
     }
-    void clear(Slice& s) const { s.y.clear(R * wide), s.y_rest.clear(rest * R * V); }
+    void begin(int t, Slice& s) const {
+        s.y.clear(R * wide), s.y_rest.clear(rest * R * V);
+        for (int row = 0; row < R; row++) s.drop_rows[row] = drop_hidden.row(int64_t(t) * R + row);
+    }
     void finish(Slice& s) const {
         for (int i = 0; i < rest * R; i++) s.y_rest[i * V] = sum(load(&s.y_rest[i * V]));
     }
@@ -629,16 +643,18 @@ class Mixing {
         typename P::Keep kept;
         Vec operator()(Vec v, int half) const { return on ? P::select(v, kept, half) : v; }
     };
-    Dropper drop(int t, int row, int block) const {
+    Dropper drop(const Slice& s, int row, int block) const {
         if (!drop_hidden.threshold) return {false, {}};
-        const Word pairs = (call.hidden + 1) / 2;
-        return {true, P::keep(drop_hidden, Word(int64_t(t) * R + row) * pairs + block * (BLOCK / 2))};
+        return {true, P::keep(drop_hidden.threshold, s.drop_rows[row], &weights.columns[block * BLOCK / 2])};
     }
     // The outputs of 16 positions, [position][channel], dropped out.
     void drop_outputs(Square& y, int64_t position) const {
         if (!drop_out.threshold) return;
+        Word sums[C][C / 2];
+        for (int j = 0; j < C; j++)
+            for (int i = 0; i < C / 2; i++) sums[j][i] = drop_out.row(position + j) + drop_columns[i];
         for (int i = 0; i < C * C; i += BLOCK) {
-            const auto kept = P::keep(drop_out, (Word(position) * C + i) / 2);
+            const auto kept = P::keep(drop_out.threshold, 0, sums[0] + i / 2);
             for (int n = 0; n < 2; n++) {
                 float* at = y.v[0] + i + n * V;
                 store(at, P::select(load(at) * drop_out.scale, kept, n));
@@ -649,14 +665,14 @@ class Mixing {
     void tile_forward(int t, Slice& s) const {
         const typename P::Gelu gelu;
         put_normalised(t, s);
-        clear(s);
+        begin(t, s);
         for (int block = 0; block < blocks; block++) {
             for (int row = 0; row < R; row += ROWS) {
                 alignas(64) float z[ROWS * BLOCK];
                 tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[block * words * int64_t(BLOCK)], BLOCK,
                                  words, z, BLOCK, BIAS, &weights.bias[block * BLOCK]);
                 for (int m = 0; m < ROWS; m++) {
-                    const Dropper dropped = drop(t, row + m, block);
+                    const Dropper dropped = drop(s, row + m, block);
                     Vec f[2];
                     for (int n = 0; n < 2; n++) {
                         gelu(load(&z[m * BLOCK + n * V]), &f[n], nullptr);
@@ -698,7 +714,7 @@ class Mixing {
                 for (int c = 0; c < C; c++)
                     for (int j = 0; j < C; j++) s.b2[i + j] += grad.v[c][j];
         });
-        clear(s);
+        begin(t, s);
         for (int block = 0; block < blocks; block++) {
             const int64_t at = block * words * int64_t(BLOCK);
             for (int row = 0; row < R; row += ROWS) {
@@ -711,7 +727,7 @@ class Mixing {
                 for (int m = 0; m < ROWS; m += 2) {
                     typename P::Packed packed[2], d_packed[2];
                     for (int i = 0; i < 2; i++) {
-                        const Dropper dropped = drop(t, row + m + i, block);
+                        const Dropper dropped = drop(s, row + m + i, block);
                         Vec f[2], derivative[2];
                         for (int n = 0; n < 2; n++) {
                             gelu(load(&z[(m + i) * BLOCK + n * V]), &f[n], &derivative[n]);

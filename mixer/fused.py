@@ -117,23 +117,30 @@ def _available() -> bool:
 def dropout_scale(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tensor:
     """What dropout multiplies with: 0 with probability p, else 1 / (1 - p), float32 of the given shape.
 
-    A counter-based generator: the element's index and the seed, hashed to 16 bits, so the same mask comes out on
-    every device, in every process, on any number of threads, and nothing has to be stored for the backward pass.
-    ``p`` is rounded to a multiple of 1/65536.
+    A counter-based generator: two elements share a 32-bit word, which mixes the sum of a hash of the row and a hash
+    of the column. So the same mask comes out on every device, in every process, on any number of threads, and
+    nothing has to be stored for the backward pass. ``p`` is rounded to a multiple of 1/65536.
     """
     key = seed + stream * _signed(0x9E3779B97F4A7C15)
     for _ in range(2):
         key = (key ^ _shr(key, 32, 64)) * _signed(0xD6E8FEB86659FD93)
-    pairs = (shape[-1] + 1) // 2
-    rows = math.prod(shape[:-1])
-    word = torch.arange(rows * pairs, dtype=torch.int32, device=seed.device)
-    word = word ^ key.to(torch.int32)
-    word = (word ^ _shr(word, 16)) * 0x7FEB352D ^ (key >> 32).to(torch.int32)
-    word = (word ^ _shr(word, 15)) * _signed(0x846CA68B, 32)
-    word = word ^ _shr(word, 16)
+    rows, pairs = math.prod(shape[:-1]), (shape[-1] + 1) // 2
+    index = torch.arange(max(rows, pairs), dtype=torch.int32, device=seed.device)
+    row, column = _hash(index[:rows], key), _hash(index[:pairs] - (1 << 31), key)
+    word = _mix(row[:, None] + column)
     halves = torch.stack([word & 0xFFFF, _shr(word, 16)], dim=-1).view(rows, 2 * pairs)[:, : shape[-1]]
     threshold = _threshold(p)
     return (halves >= threshold).to(torch.float32).mul_(65536 / (65536 - threshold)).view(shape)
+
+
+def _hash(index: Tensor, key: Tensor) -> Tensor:
+    word = index ^ key.to(torch.int32)
+    return _mix((word ^ _shr(word, 16)) * 0x7FEB352D ^ (key >> 32).to(torch.int32))
+
+
+def _mix(word: Tensor) -> Tensor:
+    word = (word ^ _shr(word, 15)) * _signed(0x846CA68B, 32)
+    return word ^ _shr(word, 16)
 
 
 def _threshold(p: float) -> int:
