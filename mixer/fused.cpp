@@ -238,15 +238,19 @@ struct Bfloat16 {
 
 // ---------------------------------------------------------------- products
 
-enum Start { ZERO, FROM_C, BIAS };  // a bias is a row of C's width
+// What sums start from, and how far apart its rows are: zeros, a bias for every row, or sums so far.
+struct Start {
+    const float* from;
+    int64_t stride;
+};
+alignas(64) const float zeros[3 * V] = {};
 
 template <class P, int M, int N>
-inline void tile(const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, Start start,
-                 const float* bias) {
+inline void tile(const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, Start start) {
+    if (words <= 0) __builtin_unreachable();  // or GCC takes the sums through memory on their way into the loop
     Vec acc[M][N];
     for (int m = 0; m < M; m++)
-        for (int n = 0; n < N; n++)
-            acc[m][n] = start == ZERO ? Vec{} : load(start == BIAS ? bias + n * V : c + m * cs + n * V);
+        for (int n = 0; n < N; n++) acc[m][n] = load(start.from + m * start.stride + n * V);
     for (int w = 0; w < words; w++) {
         Vec row[N];
         for (int n = 0; n < N; n++) row[n] = load(b + w * bs + n * V);
@@ -257,26 +261,26 @@ inline void tile(const Word* a, int64_t as, const Word* b, int64_t bs, int words
         for (int n = 0; n < N; n++) store(c + m * cs + n * V, acc[m][n]);
 }
 
+// The same for up to M rows; without `add`, the sums start from zero.
 template <class P, int M, int N>
-void tile_of(int rows, const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs,
-             Start start) {
+void tile_of(int rows, const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, bool add) {
     if constexpr (M > 0) {
-        if (rows == M) return tile<P, M, N>(a, as, b, bs, words, c, cs, start, nullptr);
-        tile_of<P, M - 1, N>(rows, a, as, b, bs, words, c, cs, start);
+        if (rows < M) return tile_of<P, M - 1, N>(rows, a, as, b, bs, words, c, cs, add);
+        tile<P, M, N>(a, as, b, bs, words, c, cs, add ? Start{c, cs} : Start{zeros, 0});
     }
 }
 
 // C (rows × vectors · V), or zero, += A (rows × words) · B (words × vectors · V), cut into register tiles.
 template <class P>
 void add_product(const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, int rows,
-                 int vectors, Start start = FROM_C) {
+                 int vectors, bool add = true) {
     const int parts = (rows + ROWS - 1) / ROWS;
     for (int part = 0; part < parts; part++) {
         const int m = rows * part / parts, count = rows * (part + 1) / parts - m;
         for (int n = 0; n < vectors;) {
             const int left = vectors - n, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
             auto run = width == 3 ? tile_of<P, ROWS, 3> : width == 2 ? tile_of<P, ROWS, 2> : tile_of<P, ROWS, 1>;
-            run(count, a + m * as, as, b + n * V, bs, words, c + m * cs + n * V, cs, start);
+            run(count, a + m * as, as, b + n * V, bs, words, c + m * cs + n * V, cs, add);
             n += width;
         }
     }
@@ -670,7 +674,7 @@ class Mixing {
             for (int row = 0; row < R; row += ROWS) {
                 alignas(64) float z[ROWS * BLOCK];
                 tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[block * words * int64_t(BLOCK)], BLOCK,
-                                 words, z, BLOCK, BIAS, &weights.bias[block * BLOCK]);
+                                 words, z, BLOCK, Start{&weights.bias[block * BLOCK], 0});
                 for (int m = 0; m < ROWS; m++) {
                     const Dropper dropped = drop(s, row + m, block);
                     Vec f[2];
@@ -719,10 +723,10 @@ class Mixing {
             const int64_t at = block * words * int64_t(BLOCK);
             for (int row = 0; row < R; row += ROWS) {
                 alignas(64) float z[ROWS * BLOCK], d[ROWS * BLOCK];
-                tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[at], BLOCK, words, z, BLOCK, BIAS,
-                                 &weights.bias[block * BLOCK]);
-                tile<P, ROWS, 2>(&s.g_rows[row * words], words, &weights.out_units[at], BLOCK, words, d, BLOCK, ZERO,
-                                 nullptr);
+                tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[at], BLOCK, words, z, BLOCK,
+                                 Start{&weights.bias[block * BLOCK], 0});
+                tile<P, ROWS, 2>(&s.g_rows[row * words], words, &weights.out_units[at], BLOCK, words, d, BLOCK,
+                                 Start{zeros, 0});
                 Vec b1[2] = {load(&s.b1[block * BLOCK]), load(&s.b1[block * BLOCK + V])};
                 for (int m = 0; m < ROWS; m += 2) {
                     typename P::Packed packed[2], d_packed[2];
@@ -743,10 +747,9 @@ class Mixing {
                 }
                 for (int n = 0; n < 2; n++) store(&s.b1[block * BLOCK + n * V], b1[n]);
             }
-            const Start start = first ? ZERO : FROM_C;
             const int64_t sums = block * features * int64_t(BLOCK);
-            add_product<P>(s.g_features.data, RW, s.h_rows.data, BLOCK, RW, &s.w2[sums], BLOCK, features, 2, start);
-            add_product<P>(s.x_features.data, RW, s.d_rows.data, BLOCK, RW, &s.w1[sums], BLOCK, features, 2, start);
+            add_product<P>(s.g_features.data, RW, s.h_rows.data, BLOCK, RW, &s.w2[sums], BLOCK, features, 2, !first);
+            add_product<P>(s.x_features.data, RW, s.d_rows.data, BLOCK, RW, &s.w1[sums], BLOCK, features, 2, !first);
             add_along_units(block, s.d_units.data, s);
         }
         finish(s);
