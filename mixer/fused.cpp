@@ -577,6 +577,22 @@ class Mixing {
         std::memset(to.v + count, 0, (C - count) * sizeof to.v[0]);
     }
 
+    // to = from + y
+    static void add(float* to, const float* from, const Square& y, int64_t position, int count) {
+        for (int j = 0; j < count; j++)
+            for (int c = 0; c < C; c += V) {
+                const int64_t at = (position + j) * C + c;
+                store(to + at, load(from + at) + load(&y.v[j][c]));
+            }
+    }
+    static void add_rows(const Square& from, float* to) {
+        for (int j = 0; j < C; j += V) {
+            Vec total = load(to + j);
+            for (int i = 0; i < C; i++) total += load(&from.v[i][j]);
+            store(to + j, total);
+        }
+    }
+
     // Words along the channels, from [position][channel]: rows of channel mixing, features of token mixing.
     void put_channels(const Square& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
         Word* to = tokens ? &features[i * RW + g * CW] : &rows[i * CW];
@@ -596,8 +612,10 @@ class Mixing {
             read(x, call.x, position, count);
             x.transpose();
             Norm{x};
-            for (int c = 0; c < C; c++)
-                for (int j = 0; j < C; j++) x.v[c][j] = j < count ? x.v[c][j] * call.gamma[c] + call.beta[c] : 0;
+            for (int c = 0; c < C; c++) {
+                for (int j = 0; j < C; j += V) store(&x.v[c][j], load(&x.v[c][j]) * call.gamma[c] + call.beta[c]);
+                for (int j = count; j < C; j++) x.v[c][j] = 0;
+            }
             if (backward || tokens) put_positions(x, i, g, s.x_rows, s.x_features);
             x.transpose();
             if (backward || !tokens) put_channels(x, i, g, s.x_rows, s.x_features);
@@ -693,11 +711,10 @@ class Mixing {
             get(y, i, g, s);
             if (tokens) y.transpose();
             for (int j = 0; j < count; j++)
-                for (int c = 0; c < C; c++) y.v[j][c] += call.b2[tokens ? i + j : c];
+                for (int c = 0; c < C; c += V)
+                    store(&y.v[j][c], load(&y.v[j][c]) + (tokens ? broadcast(call.b2[i + j]) : load(call.b2 + c)));
             drop_outputs(y, position);
-            for (int j = 0; j < count; j++)
-                for (int c = 0; c < C; c++)
-                    call.out[(position + j) * C + c] = call.x[(position + j) * C + c] + y.v[j][c];
+            add(call.out, call.x, y, position, count);
         });
     }
 
@@ -709,14 +726,10 @@ class Mixing {
             read(grad, call.grad, position, count);
             drop_outputs(grad, position);
             put_channels(grad, i, g, s.g_rows, s.g_features);
-            if (!tokens)
-                for (int j = 0; j < C; j++)
-                    for (int c = 0; c < C; c++) s.b2[c] += grad.v[j][c];
+            if (!tokens) add_rows(grad, &s.b2[0]);
             grad.transpose();
             put_positions(grad, i, g, s.g_rows, s.g_features);
-            if (tokens)
-                for (int c = 0; c < C; c++)
-                    for (int j = 0; j < C; j++) s.b2[i + j] += grad.v[c][j];
+            if (tokens) add_rows(grad, &s.b2[i]);
         });
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
@@ -775,9 +788,7 @@ class Mixing {
                 }
             }
             d.transpose();
-            for (int j = 0; j < count; j++)
-                for (int c = 0; c < C; c++)
-                    call.out[(position + j) * C + c] = call.grad[(position + j) * C + c] + d.v[j][c];
+            add(call.out, call.grad, d, position, count);
         });
     }
 
