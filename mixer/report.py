@@ -213,6 +213,18 @@ def _settings(record: Record) -> tuple[float, float, int]:
     return tuple(record["config"][name] for name in _SETTINGS)
 
 
+SAME_ANSWER = RESULTS / "same_answer"  # the same runs by the fast path and by plain PyTorch
+
+
+def same_answer(folder: Path = SAME_ANSWER) -> pd.DataFrame:
+    """The last epoch of every run in ``folder``'s sub-folders, with the path and precision that made it."""
+    rows = []
+    for record in (record for path in sorted(folder.iterdir()) for record in read_records(path)):
+        made = {name: record["environment"][name] for name in ("path", "precision")}
+        rows.append(made | record["config"] | record["history"][-1])
+    return pd.DataFrame(rows)
+
+
 # The claims in words
 
 

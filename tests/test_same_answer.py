@@ -1,0 +1,30 @@
+"""The fast path in bfloat16 trains to where plain PyTorch in float32 does: three epochs, three seeds, full data.
+
+The records in results/same_answer/ were made by
+
+    S="--lr 0.001 --dropout 0.1 --batch-size 256 --seeds 0 1 2 --num-epochs 3"
+    python -m mixer.grid $S --precision bfloat16 --results results/same_answer/fused
+    MIXER_FUSED=0 python -m mixer.grid $S --precision float32 --results results/same_answer/plain
+"""
+
+import pytest
+
+from mixer.report import SAME_ANSWER, same_answer
+
+
+def test_both_paths_were_run_with_the_same_seeds():
+    table = same_answer(SAME_ANSWER)
+    assert table.groupby("path")["precision"].unique().map(list).to_dict() == {
+        "fused": ["bfloat16"],
+        "plain": ["float32"],
+    }
+    assert table.groupby("path")["seed"].apply(list).to_dict() == {"fused": [0, 1, 2], "plain": [0, 1, 2]}
+    assert set(table["epoch"]) == {3}
+
+
+@pytest.mark.parametrize("measure", ["train_loss", "test_loss", "test_accuracy"])
+def test_each_path_ends_within_the_others_spread(measure):
+    ends = same_answer(SAME_ANSWER).groupby("path")[measure].agg(["mean", "min", "max"])
+    fused, plain = ends.loc["fused"], ends.loc["plain"]
+    assert fused["min"] <= plain["mean"] <= fused["max"]
+    assert plain["min"] <= fused["mean"] <= plain["max"]
