@@ -40,6 +40,7 @@ constexpr int V = 8, ROWS = 4;
 #else
 constexpr int V = 4, ROWS = 4;
 #endif
+constexpr int HALF = ROWS / 2;  // rows of two register tiles at once
 constexpr int C = 16;         // channels of the residual stream
 constexpr int R = 128;        // rows in a tile
 constexpr int BLOCK = 2 * V;  // hidden units in a block
@@ -106,6 +107,7 @@ struct Float32 {
         memcpy(&w, &a, 4);
         return w;
     }
+    static Vec words(Vec a, Vec) { return a; }
     static int lane_of(int unit) { return unit; }
     static void put(Word* to, const float* from, int count) { memcpy(to, from, count * sizeof *to); }
 
@@ -194,6 +196,11 @@ struct Bfloat16 {
         return (w + 0x7FFF + ((w >> 16) & 1)) >> 16;
     }
     static Word word(float a, float b) { return round(a) | round(b) << 16; }
+    static Vec words(Vec a, Vec b) {
+        const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+        const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+        return (Vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    }
     // Up to 16 elements as words; an odd one is paired with the zero that follows it.
     static void put(Word* to, const float* from, int count) {
         const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)load(from));
@@ -518,33 +525,33 @@ class Mixing {
         const int64_t hidden = call.hidden, first = int64_t(block) * BLOCK;
         const int there = std::min<int64_t>(BLOCK, hidden - first), padded = wide + rest;
         std::vector<float> by_feature((features + 1) * BLOCK), by_unit(BLOCK * padded);
-        auto take = [&](const float* w, int64_t unit, int64_t feature) {  // w's strides
-            for (int k = 0; k < features; k++)
-                for (int h = 0; h < there; h++) by_feature[k * BLOCK + h] = w[(first + h) * unit + k * feature];
-            for (int h = 0; h < there; h++)
-                for (int k = 0; k < features; k++) by_unit[h * padded + k] = w[(first + h) * unit + k * feature];
-        };
         for (int h = 0; h < BLOCK; h++) weights.bias[first + h] = h < there ? P::ZS * call.b1[first + h] : 0;
 
         auto along_features = [&](Word* to, float scale) {
             const float* from = by_feature.data();
             for (int w = 0; w < words; w++)
-                for (int h = 0; h < BLOCK; h++)
-                    to[w * BLOCK + h] = P::word(scale * from[w * PAIR * BLOCK + h],
-                                                scale * from[(w * PAIR + PAIR - 1) * BLOCK + h]);
+                for (int h = 0; h < BLOCK; h += V)
+                    store(to + w * BLOCK + h, P::words(scale * load(from + w * PAIR * BLOCK + h),
+                                                       scale * load(from + (w * PAIR + PAIR - 1) * BLOCK + h)));
         };
         auto along_units = [&](float scale) {
             for (int w = 0; w < BW; w++) {
                 const float *from = by_unit.data(), *a = from + w * PAIR * padded, *b = from + (w * PAIR + PAIR - 1) * padded;
                 Word *to = &weights.along[(block * BW + w) * int64_t(wide)], *to_rest = &weights.rest[block * BW * rest];
-                for (int k = 0; k < wide; k++) to[k] = P::word(scale * a[k], scale * b[k]);
+                for (int k = 0; k < wide; k += V) store(to + k, P::words(scale * load(a + k), scale * load(b + k)));
                 for (int k = 0; k < rest; k++) to_rest[k * BW + w] = P::word(scale * a[wide + k], scale * b[wide + k]);
             }
         };
-        take(call.w1, features, 1);
+        for (int h = 0; h < there; h++)
+            std::memcpy(&by_unit[h * padded], call.w1 + (first + h) * features, features * sizeof(float));
+        for (int k = 0; k < features; k++)
+            for (int h = 0; h < there; h++) by_feature[k * BLOCK + h] = by_unit[h * padded + k];
         along_features(&weights.in_units[block * words * int64_t(BLOCK)], P::ZS);
         if (backward) along_units(1);
-        take(call.w2, 1, hidden);
+        for (int k = 0; k < features; k++)
+            std::memcpy(&by_feature[k * BLOCK], call.w2 + k * hidden + first, there * sizeof(float));
+        for (int h = 0; h < there && !backward; h++)
+            for (int k = 0; k < features; k++) by_unit[h * padded + k] = by_feature[k * BLOCK + h];
         if (!backward) return along_units(drop_hidden.scale / P::FS);
         along_features(&weights.out_units[block * words * int64_t(BLOCK)], drop_hidden.scale / P::DS);
     }
@@ -641,14 +648,15 @@ class Mixing {
         const int first = block / GROUP * GROUP, along = (block + 1 - first) * BW;
         add_product<P>(units, UW, &weights.along[first * BW * int64_t(wide)], wide, along, s.y.data, wide, R, vectors);
         for (int k = 0; k < rest; k++)
-            for (int row = 0; row < R; row++) {
+            for (int row = 0; row < R; row += ROWS) {
                 float* to = &s.y_rest[(k * R + row) * V];
-                Vec sum = load(to);
+                Vec sums[ROWS];
+                for (int m = 0; m < ROWS; m++) sums[m] = load(to + m * V);
                 for (int i = 0; i < along; i += V) {
-                    const Word* weight = &weights.rest[((first + i / BW) * rest + k) * int64_t(BW) + i % BW];
-                    sum = P::dot(sum, load(units + row * UW + i), load(weight));
+                    const Vec weight = load(&weights.rest[((first + i / BW) * rest + k) * int64_t(BW) + i % BW]);
+                    for (int m = 0; m < ROWS; m++) sums[m] = P::dot(sums[m], load(units + (row + m) * UW + i), weight);
                 }
-                store(to, sum);
+                for (int m = 0; m < ROWS; m++) store(to + m * V, sums[m]);
             }
     }
     void begin(int t, Slice& s) const {
@@ -690,14 +698,23 @@ class Mixing {
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
             for (int row = 0; row < R; row += ROWS) {
-                alignas(64) float z[ROWS * BLOCK];
-                tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[block * words * int64_t(BLOCK)], BLOCK,
-                                 words, z, BLOCK, Start{&weights.bias[block * BLOCK], 0});
+                Vec z[ROWS][2];
+                for (int m = 0; m < ROWS; m++)
+                    for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]);
+                const Word *x = &s.x_rows[row * words], *in = &weights.in_units[block * words * int64_t(BLOCK)];
+                if (words <= 0) __builtin_unreachable();
+                for (int w = 0; w < words; w++) {
+                    Vec a[2];
+                    for (int n = 0; n < 2; n++) a[n] = load(in + w * BLOCK + n * V);
+                    for (int m = 0; m < ROWS; m++)
+                        for (int n = 0; n < 2; n++) z[m][n] = P::dot(z[m][n], x[m * words + w], a[n]);
+                }
+#pragma GCC unroll 8
                 for (int m = 0; m < ROWS; m++) {
                     const Dropper dropped = drop(s, row + m, block);
                     Vec f[2];
                     for (int n = 0; n < 2; n++) {
-                        gelu(load(&z[m * BLOCK + n * V]), &f[n], nullptr);
+                        gelu(z[m][n], &f[n], nullptr);
                         f[n] = dropped(f[n], n);
                     }
                     P::store_units(&s.h_units[(row + m) * UW + block % GROUP * BW], P::pack(f[0], f[1]));
@@ -734,22 +751,33 @@ class Mixing {
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
             const int64_t at = block * words * int64_t(BLOCK);
-            for (int row = 0; row < R; row += ROWS) {
-                alignas(64) float z[ROWS * BLOCK], d[ROWS * BLOCK];
-                tile<P, ROWS, 2>(&s.x_rows[row * words], words, &weights.in_units[at], BLOCK, words, z, BLOCK,
-                                 Start{&weights.bias[block * BLOCK], 0});
-                tile<P, ROWS, 2>(&s.g_rows[row * words], words, &weights.out_units[at], BLOCK, words, d, BLOCK,
-                                 Start{zeros, 0});
+            for (int row = 0; row < R; row += HALF) {
+                Vec z[HALF][2], d[HALF][2];
+                for (int m = 0; m < HALF; m++)
+                    for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]), d[m][n] = Vec{};
+                const Word *x = &s.x_rows[row * words], *g = &s.g_rows[row * words];
+                const Word *in = &weights.in_units[at], *out = &weights.out_units[at];
+                if (words <= 0) __builtin_unreachable();
+                for (int w = 0; w < words; w++) {
+                    Vec a[2], b[2];
+                    for (int n = 0; n < 2; n++) a[n] = load(in + w * BLOCK + n * V), b[n] = load(out + w * BLOCK + n * V);
+                    for (int m = 0; m < HALF; m++) {
+                        for (int n = 0; n < 2; n++) z[m][n] = P::dot(z[m][n], x[m * words + w], a[n]);
+                        for (int n = 0; n < 2; n++) d[m][n] = P::dot(d[m][n], g[m * words + w], b[n]);
+                    }
+                }
                 Vec b1[2] = {load(&s.b1[block * BLOCK]), load(&s.b1[block * BLOCK + V])};
-                for (int m = 0; m < ROWS; m += 2) {
+#pragma GCC unroll 4
+                for (int m = 0; m < HALF; m += 2) {
                     typename P::Packed packed[2], d_packed[2];
+#pragma GCC unroll 2
                     for (int i = 0; i < 2; i++) {
                         const Dropper dropped = drop(s, row + m + i, block);
                         Vec f[2], derivative[2];
                         for (int n = 0; n < 2; n++) {
-                            gelu(load(&z[(m + i) * BLOCK + n * V]), &f[n], &derivative[n]);
+                            gelu(z[m + i][n], &f[n], &derivative[n]);
                             f[n] = dropped(f[n], n);
-                            derivative[n] = dropped(derivative[n] * load(&d[(m + i) * BLOCK + n * V]), n);
+                            derivative[n] = dropped(derivative[n] * d[m + i][n], n);
                             b1[n] += derivative[n];
                         }
                         packed[i] = P::pack(f[0], f[1]), d_packed[i] = P::pack(derivative[0], derivative[1]);
@@ -796,6 +824,8 @@ class Mixing {
         const int64_t first = int64_t(block) * BLOCK;
         const int there = std::min<int64_t>(BLOCK, call.hidden - first);
         std::vector<float> total(features * BLOCK);
+        int lane[BLOCK];
+        for (int h = 0; h < BLOCK; h++) lane[h] = P::lane_of(h);
         auto sum = [&](Buffer<float> Slice::*part, int64_t at, int count) {
             std::copy_n(&(slices[0].*part)[at], count, total.data());
             for (int i = 1; i < parts; i++)
@@ -806,11 +836,11 @@ class Mixing {
         sum(&Slice::w1, first * features, features * BLOCK);
         for (int h = 0; h < there; h++)
             for (int k = 0; k < features; k++)
-                call.d_w1[(first + h) * features + k] = total[k * BLOCK + P::lane_of(h)];
+                call.d_w1[(first + h) * features + k] = total[k * BLOCK + lane[h]];
         sum(&Slice::w2, first * features, features * BLOCK);
         for (int k = 0; k < features; k++)
             for (int h = 0; h < there; h++)
-                call.d_w2[k * call.hidden + first + h] = drop_hidden.scale / P::FS * total[k * BLOCK + P::lane_of(h)];
+                call.d_w2[k * call.hidden + first + h] = drop_hidden.scale / P::FS * total[k * BLOCK + lane[h]];
     }
     void reduce_rest() const {
         std::fill_n(call.d_b2, features, 0.f), std::fill_n(call.d_gamma, C, 0.f), std::fill_n(call.d_beta, C, 0.f);
