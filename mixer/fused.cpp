@@ -142,14 +142,12 @@ struct Float32 {
         Bits half[2];
     };
     static Keep keep(Word threshold, Word row, const Word* columns) {
+        const Bits words = Dropout::mix(*(const Bits*)columns + row);
+        const Bits low = (Bits)((words & 0xFFFF) >= threshold), high = (Bits)((words >> 16) >= threshold);
+        uint64_t pairs[V];
+        for (int i = 0; i < V; i++) pairs[i] = low[i] | uint64_t(high[i]) << 32;
         Keep k;
-        Word bits[BLOCK];
-        for (int i = 0; i < BLOCK / 2; i++) {
-            Word word = Dropout::mix(row + columns[i]);
-            bits[2 * i] = (word & 0xFFFF) >= threshold ? ~0u : 0;
-            bits[2 * i + 1] = (word >> 16) >= threshold ? ~0u : 0;
-        }
-        memcpy(&k, bits, sizeof k);
+        memcpy(&k, pairs, sizeof k);
         return k;
     }
     static Vec select(Vec v, Keep k, int half) { return (Vec)((Bits)v & k.half[half]); }
