@@ -92,7 +92,30 @@ def plain_only() -> Iterator[None]:
         _wanted = before
 
 
+@contextlib.contextmanager
+def threads_for_the_operator() -> Iterator[None]:
+    """Within it, the operator keeps the threads that PyTorch had, and PyTorch's own operators take one.
+
+    What is left to them is little, and some of it (the stem's and LayerNorm's gradients) would come out differently
+    on another number of threads. GNU OpenMP's threads, besides, spin while they wait, which makes a step several
+    times slower as soon as another process wants the core. Does nothing where the plain formula runs.
+    """
+    global _threads
+    threads = torch.get_num_threads()
+    if _threads is not None or path("cpu", "float32") == "plain":
+        yield
+        return
+    _threads = threads
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _threads = None
+        torch.set_num_threads(threads)
+
+
 _wanted = os.environ.get("MIXER_FUSED", "1") != "0"
+_threads: int | None = None
 
 
 def _operator_serves(x: Tensor, parameters: tuple[Tensor, ...]) -> bool:
@@ -182,7 +205,7 @@ def _run(inputs: tuple[Tensor, ...], seed: Tensor, over_patches: bool, p: float,
     pointers += [None if grad is None else (grad := grad.contiguous()).data_ptr()]
     pointers += [t.data_ptr() for t in outputs] + [None] * (7 - len(outputs))
     sizes = (x.shape[0], x.shape[1], w1.shape[0])
-    call = _Call(*pointers, seed.data_ptr(), *sizes, over_patches, _threshold(p), torch.get_num_threads())
+    call = _Call(*pointers, seed.data_ptr(), *sizes, over_patches, _threshold(p), _threads or torch.get_num_threads())
     library().mixing_run(ctypes.byref(call), bfloat16, grad is not None)
     return outputs
 
