@@ -115,6 +115,7 @@ def train(
     with (
         torch.random.fork_rng(devices=[]),
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        fused.threads_for_the_operator() if device.type == "cpu" else contextlib.nullcontext(),
     ):
         run = _Run(config, device, precision, data)
         if checkpoint is not None:

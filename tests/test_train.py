@@ -13,6 +13,7 @@ import torch
 from conftest import first_images
 
 from mixer import data as fashion_mnist
+from mixer import fused
 from mixer.train import Config, best_epoch, find_precision, predict, train
 
 CPU = torch.device("cpu")
@@ -20,8 +21,9 @@ SHORT = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3)
 
 
 def timeless(record: dict) -> dict:
-    """A record without what may differ between two runs of the same config: the seconds."""
+    """A record without what may differ between two runs of the same config: the seconds, and the commit."""
     record = copy.deepcopy(record)
+    record["environment"].pop("commit", None)
     for epoch in record["history"]:
         del epoch["seconds"]
     return record
@@ -61,6 +63,21 @@ def test_same_seed_same_record_and_other_seed_another(few, uninterrupted):
     assert torch.equal(torch.random.get_rng_state(), state), "training must leave the caller's random state alone"
     other = run(few, Config(**uninterrupted["config"] | {"seed": 1}))
     assert timeless(other)["history"] != timeless(uninterrupted)["history"]
+
+
+@pytest.mark.skipif(fused.path("cpu", "float32") == "plain", reason="PyTorch's own sums depend on the threads")
+@pytest.mark.parametrize("precision", sorted({"float32", find_precision(CPU)}))
+def test_same_record_on_one_thread_and_on_two(few, precision):
+    threads = torch.get_num_threads()
+    records = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            records.append(run(few, Config(dropout_p=0.1, batch_size=128, num_epochs=2), precision=precision))
+    finally:
+        torch.set_num_threads(threads)
+    assert [record["environment"].pop("threads") for record in records] == [1, 2]
+    assert timeless(records[0]) == timeless(records[1])
 
 
 def test_losses_and_accuracies_are_those_of_the_shipped_weights(few, tmp_path):
