@@ -1,7 +1,7 @@
 """What the fast path is worth on this machine, measured beside its peers.
 
-    python -m mixer.bench               about a quarter of an hour; results/bench/, figures/bench.pdf and .png
-    python -m mixer.bench --quick       one minute, to see that it works: prints, and writes nothing
+    python -m mixer.bench               about half an hour; results/bench/, figures/bench.pdf and .png
+    python -m mixer.bench --quick       some minutes, to see that it works: writes nothing
     python -m mixer.bench --draw FILE   the figure again, from a finished measurement
 
 All variants train on the same batches in one process, in alternation, so that whatever else the machine does hits
@@ -54,6 +54,7 @@ class Trainer:
         self.model = (_timm if variant == "timm" else MlpMixer)(dropout_p=dropout_p, **sizes).to(device)
         self.forward: Callable[[Tensor], Tensor] = self.model
         if variant == "compile":
+            torch._dynamo.reset()  # its limit on recompilations counts those for other models
             self.forward = torch.compile(self.model)
         elif variant == "fast" and device.type == "cuda":
             self.forward = torch.compile(self.model, mode="reduce-overhead")
@@ -366,7 +367,7 @@ def draw(result: dict[str, Any]) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixer.bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a minute to see that it works; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="some minutes, to see that it works; writes nothing")
     parser.add_argument("--device", help="cpu, cuda; found when not given")
     parser.add_argument("--variants", nargs="+", choices=LABELS, default=list(LABELS), metavar="VARIANT",
                         help=f"some of {', '.join(LABELS)}")  # fmt: skip

@@ -1,8 +1,8 @@
 // One half of a mixer block, X + drop(W2 drop(gelu(W1 LayerNorm(X) + b1)) + b2), forward and backward.
 //
 // The rows (an image's channels in token mixing, a batch's patches in channel mixing) are cut into tiles of R rows,
-// the hidden layer into blocks of BLOCK units, and a block of a tile's hidden layer never leaves the first-level
-// cache: forward makes it, uses it up and forgets it; backward makes it again. Hidden units lie in the vector
+// the hidden layer into blocks of BLOCK units, and a block of a tile's hidden layer never leaves the core's
+// caches: forward makes it, uses it up and forgets it; backward makes it again. Hidden units lie in the vector
 // lanes, so that every product below is the same small kernel,
 //
 //     C[m][lanes] += Σ_w A[m][w] · B[w][lanes],
@@ -14,7 +14,6 @@
 // weight gradients, and these are added in the order of the slices.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -22,6 +21,7 @@
 #include <cstring>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -41,11 +41,11 @@ constexpr int V = 8, ROWS = 4;
 constexpr int V = 4, ROWS = 4;
 #endif
 constexpr int HALF = ROWS / 2;  // rows of two register tiles at once
-constexpr int C = 16;         // channels of the residual stream
-constexpr int R = 128;        // rows in a tile
-constexpr int BLOCK = 2 * V;  // hidden units in a block
-constexpr int GROUP = 8;      // blocks that share one product along the units: its sums go through memory
-constexpr int SLICES = 8;
+constexpr int C = 16;           // channels of the residual stream
+constexpr int R = 128;          // rows in a tile
+constexpr int BLOCK = 2 * V;    // hidden units in a block
+constexpr int GROUP = 8;        // blocks that share one product along the units: its sums go through memory
+constexpr int SLICES = 8;       // parts of a batch, and so the most threads that have work
 
 typedef float Vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * V), aligned(4), may_alias));
@@ -243,7 +243,7 @@ struct Bfloat16 {
 
 // ---------------------------------------------------------------- products
 
-// What sums start from, and how far apart its rows are: zeros, a bias for every row, or sums so far.
+// What sums start from, and how far apart its rows are: zeros, or the sums so far.
 struct Start {
     const float* from;
     int64_t stride;
@@ -268,7 +268,8 @@ inline void tile(const Word* a, int64_t as, const Word* b, int64_t bs, int words
 
 // The same for up to M rows; without `add`, the sums start from zero.
 template <class P, int M, int N>
-void tile_of(int rows, const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, bool add) {
+void tile_of(int rows, const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs,
+             bool add) {
     if constexpr (M > 0) {
         if (rows < M) return tile_of<P, M - 1, N>(rows, a, as, b, bs, words, c, cs, add);
         tile<P, M, N>(a, as, b, bs, words, c, cs, add ? Start{c, cs} : Start{zeros, 0});
@@ -329,7 +330,10 @@ class Pool {
         }
         std::unique_lock<std::mutex> lock(mutex);
         wanted = std::min(threads, n) - 1;
-        for (; started < wanted; started++) std::thread(&Pool::serve, this, started).detach();
+        try {
+            for (; started < wanted; started++) std::thread(&Pool::serve, this, started).detach();
+        } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
+        }
         job = &f, count = n, next = 0;
         wake.notify_all();
         work(lock);
@@ -534,8 +538,9 @@ class Mixing {
         };
         auto along_units = [&](float scale) {
             for (int w = 0; w < BW; w++) {
-                const float *from = by_unit.data(), *a = from + w * PAIR * padded, *b = from + (w * PAIR + PAIR - 1) * padded;
-                Word *to = &weights.along[(block * BW + w) * int64_t(wide)], *to_rest = &weights.rest[block * BW * rest];
+                const float *a = &by_unit[w * PAIR * padded], *b = a + (PAIR - 1) * padded;
+                Word *to = &weights.along[(block * BW + w) * int64_t(wide)];
+                Word *to_rest = &weights.rest[block * BW * rest];
                 for (int k = 0; k < wide; k += V) store(to + k, P::words(scale * load(a + k), scale * load(b + k)));
                 for (int k = 0; k < rest; k++) to_rest[k * BW + w] = P::word(scale * a[wide + k], scale * b[wide + k]);
             }
@@ -657,6 +662,7 @@ class Mixing {
                 for (int m = 0; m < ROWS; m++) store(to + m * V, sums[m]);
             }
     }
+    // Before and after the blocks of a tile.
     void begin(int t, Slice& s) const {
         s.y.clear(R * wide), s.y_rest.clear(rest * R * V);
         for (int row = 0; row < R; row++) s.drop_rows[row] = drop_hidden.row(int64_t(t) * R + row);
@@ -696,7 +702,7 @@ class Mixing {
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
             for (int row = 0; row < R; row += ROWS) {
-                Vec z[ROWS][2];
+                Vec z[ROWS][2];  // stays in registers from the product to GELU's end: stores of 512 bits are slow
                 for (int m = 0; m < ROWS; m++)
                     for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]);
                 const Word *x = &s.x_rows[row * words], *in = &weights.in_units[block * words * int64_t(BLOCK)];
@@ -758,7 +764,8 @@ class Mixing {
                 if (words <= 0) __builtin_unreachable();
                 for (int w = 0; w < words; w++) {
                     Vec a[2], b[2];
-                    for (int n = 0; n < 2; n++) a[n] = load(in + w * BLOCK + n * V), b[n] = load(out + w * BLOCK + n * V);
+                    for (int n = 0; n < 2; n++) a[n] = load(in + w * BLOCK + n * V);
+                    for (int n = 0; n < 2; n++) b[n] = load(out + w * BLOCK + n * V);
                     for (int m = 0; m < HALF; m++) {
                         for (int n = 0; n < 2; n++) z[m][n] = P::dot(z[m][n], x[m * words + w], a[n]);
                         for (int n = 0; n < 2; n++) d[m][n] = P::dot(d[m][n], g[m * words + w], b[n]);

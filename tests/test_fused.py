@@ -214,6 +214,25 @@ def test_model_is_the_same_by_either_path():
 
 
 @needs_library
+@pytest.mark.parametrize("bfloat16", PRECISIONS)
+def test_a_training_step_is_bit_identical_on_any_number_of_threads(bfloat16):
+    model, images = small_model(dropout_p=0.2)
+    images = images.repeat(40, 1, 1, 1)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with fused.threads_for_the_operator(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                results.append(loss_and_gradients(model, images))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
 def test_torch_compile_sees_the_operator():
     model, images = small_model(dropout_p=0.2)
     seen = []
