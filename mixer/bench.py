@@ -1,6 +1,6 @@
 """What the fast path is worth on this machine, measured beside its peers.
 
-    python -m mixer.bench               about half an hour; results/bench/, figures/bench.pdf and .png
+    python -m mixer.bench               about a quarter of an hour; results/bench/, figures/bench.pdf and .png
     python -m mixer.bench --quick       some minutes, to see that it works: writes nothing
     python -m mixer.bench --draw FILE   the figure again, from a finished measurement
 
@@ -236,7 +236,7 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
                     trainers.pop(name, None)
                     reasons[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
                     print(f"{LABELS[name]} cannot run here ({reasons[name]})")
-            seconds = alternate(trainers, size, rounds=2 if quick else 10)
+            seconds = alternate(trainers, size, rounds=2 if quick else 5)
             first = statistics.median(seconds["timm"]) * 1e3 if "timm" in seconds else None
             result["steps"] += [add(name, p, size, s, first) for name, s in seconds.items()]
             if device.type == "cuda" or Path("/proc/self/status").exists():

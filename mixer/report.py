@@ -8,6 +8,8 @@ longer than the coursework's say that they are preliminary and decide nothing.
 
 import argparse
 import inspect
+import itertools
+import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,6 +20,7 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 
+from mixer.bench import BATCHES, DROPOUTS, LABELS
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD
 from mixer.grid import RESULTS, RecordError, best, coursework, read_records
 from mixer.model import MlpMixer
@@ -223,6 +226,54 @@ def same_answer(folder: Path = SAME_ANSWER) -> pd.DataFrame:
         made = {name: record["environment"][name] for name in ("path", "precision")}
         rows.append(made | record["config"] | record["history"][-1])
     return pd.DataFrame(rows)
+
+
+# The benchmark
+
+BENCH = RESULTS / "bench" / "cpu_2threads.json"
+
+
+def bench() -> pd.DataFrame:
+    """What mixer.bench measured: a row a variant and dropout; milliseconds a step, ratio to timm, peak MiB."""
+    measured = json.loads(BENCH.read_text())
+    steps = pd.DataFrame(measured["steps"])
+    values = ["median", "times_as_fast", "share_of_peak"]
+    table = steps.pivot(index=["variant", "dropout_p"], columns="batch_size", values=values)
+    table["mib"] = [
+        measured["memory_mib"][f"dropout{dropout_p:g}_batch{BATCHES[0]}"][variant] for variant, dropout_p in table.index
+    ]
+    return table.reindex([row for row in itertools.product(LABELS, DROPOUTS) if row in table.index])
+
+
+def about_bench() -> str:
+    """How it was measured, and what it means for the grid, in plain text."""
+    measured = json.loads(BENCH.read_text())
+    environment, hours, products = (measured[k] for k in ("environment", "grid_hours", "gflops_of_large_products"))
+    shares = [f"{bench().loc[('fast', p), ('share_of_peak', BATCHES[0])]:.0%}" for p in DROPOUTS]
+    counts = sorted({row["n"] for row in measured["steps"]})
+    return (
+        f"Medians of {' or '.join(map(str, counts))} steps in alternation in one process; {environment['device']}, "
+        f"{environment['threads']} threads, PyTorch {environment['torch']}. Large matrix products reach "
+        f"{products['float32']:.0f} GFLOP/s in float32 and {products['bfloat16']:.0f} in bfloat16 in the same run; the "
+        f"fast path has {shares[0]} of the latter without dropout and {shares[1]} with it (batch of {BATCHES[0]}). "
+        f"The training steps of the coursework's grid take {hours['fast']:.1f} hours by the fast path, and "
+        f"{hours['timm']:.1f} by timm's model in a plain loop."
+    )
+
+
+def _bench_heads() -> list[str]:
+    by_batch = [head for size in BATCHES for head in (f"batch {size}, ms", "times as fast")]
+    return ["a training step", "dropout", *by_batch, "peak memory, MiB"]
+
+
+def _bench_rows() -> list[list[str]]:
+    rows = []
+    for (variant, dropout_p), row in bench().iterrows():
+        by_batch = [
+            text for size in BATCHES for text in (f"{row['median', size]:.0f}", f"{row['times_as_fast', size]:.1f}")
+        ]
+        rows.append([LABELS[variant], f"{dropout_p:g}", *by_batch, f"{row['mib', '']:.0f}"])
+    return rows
 
 
 # The claims in words
@@ -449,6 +500,8 @@ def write(records: Sequence[Record], folder: Path = GENERATED) -> None:
         "convergence.tex": _convergence(records),
         "reproduction.tex": _reproduction(records),
     }
+    if BENCH.exists():
+        files |= {"bench.tex": _bench(), "bench_about.tex": _latex(about_bench()) + "\n"}
     for name, content in files.items():
         write_whole(folder / name, content.encode())
 
@@ -589,6 +642,11 @@ def _reproduction(records: Sequence[Record]) -> str:
     )
 
 
+def _bench() -> str:
+    heads = ("", "dropout", *(head for size in BATCHES for head in (f"ms ({size})", "ratio")), "MiB")
+    return _table("lrrrrrr", heads, [[_latex(cell) for cell in row] for row in _bench_rows()])
+
+
 def _table(columns: str, heads: Sequence[str], rows: Iterable[Sequence[str]], rule_before_last: bool = False) -> str:
     """A booktabs tabular of cells that are LaTeX already."""
     lines = [" & ".join(row) + r" \\" for row in rows]
@@ -654,15 +712,24 @@ def readme_results(records: Sequence[Record]) -> str:
     return "\n".join([*lines, "", about, ""])
 
 
+def readme_bench() -> str:
+    """The README's table of the fast path beside its peers, in Markdown; empty where nothing is measured."""
+    if not BENCH.exists():
+        return ""
+    heads = _bench_heads()
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    lines += [f"| {' | '.join(row)} |" for row in _bench_rows()]
+    return "\n".join([*lines, "", about_bench(), ""])
+
+
 def write_readme(records: Sequence[Record], readme: Path = README) -> None:
-    """Put the result table where README.md marks its place. Raises OSError."""
-    before, start, rest = readme.read_text().partition(_README_START)
-    _, end, after = rest.partition(_README_END)
-    write_whole(readme, f"{before}{start}\n{readme_results(records)}{end}{after}".encode())
-
-
-_README_START = "<!-- results: written by `python -m mixer.report`, from results/ -->"
-_README_END = "<!-- end of results -->"
+    """Put the tables where README.md marks their places. Raises OSError."""
+    text = readme.read_text()
+    for name, block in (("results", readme_results(records)), ("fast path", readme_bench())):
+        before, start, rest = text.partition(f"<!-- {name}: written by `python -m mixer.report`, from results/ -->")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        text = f"{before}{start}\n{block}{end}{after}"
+    write_whole(readme, text.encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
