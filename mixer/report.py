@@ -239,7 +239,7 @@ def bench() -> pd.DataFrame:
     steps = pd.DataFrame(measured["steps"])
     values = ["median", "times_as_fast", "share_of_peak"]
     table = steps.pivot(index=["variant", "dropout_p"], columns="batch_size", values=values)
-    table["mib"] = [
+    table["mib", ""] = [
         measured["memory_mib"][f"dropout{dropout_p:g}_batch{BATCHES[0]}"][variant] for variant, dropout_p in table.index
     ]
     return table.reindex([row for row in itertools.product(LABELS, DROPOUTS) if row in table.index])
