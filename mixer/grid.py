@@ -239,13 +239,17 @@ def _start_worker(threads: int, positions) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def process_pool(jobs: int) -> ProcessPoolExecutor:
     """``jobs`` processes that share the machine's cores evenly."""
     context = multiprocessing.get_context("spawn")
     positions = context.Queue()
     for position in range(jobs):
         positions.put(position)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, _cores() // jobs)
     return ProcessPoolExecutor(jobs, context, _start_worker, (threads, positions))
 
 
@@ -257,19 +261,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m mixer.grid",
         description="Train a grid of parameter sets, one record a run. What the results folder holds already is not "
         "trained again, and a run that was cut off goes on. Without arguments: the coursework's eight runs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records")
-    add("--lr", type=float, nargs="+", default=list(LRS), metavar="RATE", help="learning rates")
-    add("--dropout", type=float, nargs="+", default=list(DROPOUTS), metavar="P", help="dropout probabilities")
-    add("--batch-size", type=int, nargs="+", default=list(BATCH_SIZES), metavar="N", help="batch sizes")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="seeds; each runs the whole grid")
-    add("--num-epochs", type=int, default=Config.num_epochs, metavar="N", help="epochs of each run")
+    add("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
+    add("--lr", type=float, nargs="+", default=LRS, metavar="RATE", help=f"learning rates {_default(LRS)}")
+    add("--dropout", type=float, nargs="+", default=DROPOUTS, metavar="P", help=f"probabilities {_default(DROPOUTS)}")
+    add("--batch-size", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help=f"images {_default(BATCH_SIZES)}")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="each runs the whole grid (0)")
+    add("--num-epochs", type=int, default=Config.num_epochs, metavar="N", help="of each run (%(default)s)")
     add("--limit", type=int, metavar="N", help="train on the first N images only, to try things out")
     add("--device", help="cuda, mps or cpu; found when not given")
     add("--precision", choices=["bfloat16", "float32"], help="bfloat16 where the hardware has it, when not given")
-    add("--jobs", type=int, default=1, metavar="N", help="runs at a time; on a CPU they share its cores")
+    # mixer.bench measures that one run a core is faster than one run on all.
+    add("--jobs", type=int, metavar="N", help="runs at a time, which share a CPU's cores (one a core; on a GPU one)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -278,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except ValueError as error:
         parser.error(str(error))
-    if options.jobs < 1:
+    if options.jobs is not None and options.jobs < 1:
         parser.error(f"jobs is {options.jobs}, but it has to be a whole number above 0")
     try:
         records = _run(configs, options)
@@ -291,13 +295,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         publish_best(options.results)
 
 
+def _default(values: Iterable[float]) -> str:
+    return f"({' '.join(map(str, values))})"
+
+
 def _run(configs: list[Config], options: argparse.Namespace) -> list[Record]:
     device = options.device or str(find_device())
     torch.empty(0, device=device)  # a device that is not there fails here, once, not in every run
     common = {"results": options.results, "device": device, "precision": options.precision}
-    if options.jobs == 1:
+    missing = sum(not record_path(config, options.results).exists() for config in configs)
+    jobs = min(options.jobs or (_cores() if device == "cpu" else 1), missing)
+    if jobs <= 1:
         return run_grid(configs, **common)
-    with process_pool(options.jobs) as executor:
+    with process_pool(jobs) as executor:
         return run_grid(configs, executor=executor, **common)
 
 
