@@ -23,8 +23,9 @@ APT = if [ "$$(id -u)" = 0 ]; then apt=apt-get; elif sudo -n true 2>/dev/null; t
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12, for instance."; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || ($(APT) python3-venv) >/dev/null || \
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || ($(APT) python3-venv) >/dev/null 2>&1 || \
 		{ echo "Python's venv is missing: sudo apt install python3-venv, then run make again."; exit 1; }
+	@echo "Installing PyTorch, Jupyter and what they need into .venv: some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
@@ -54,8 +55,8 @@ notebook: .venv/installed
 
 build/report: $(EXECUTED) $(wildcard report/*.tex report/*.bib)
 	$(BIN)/python -m mixer.report
-	@kpsewhich lmodern.sty booktabs.sty microtype.sty >/dev/null && command -v latexmk >/dev/null || \
-		($(APT) latexmk texlive-latex-recommended texlive-fonts-recommended lmodern) >/dev/null || \
+	@kpsewhich lmodern.sty booktabs.sty microtype.sty >/dev/null 2>&1 && command -v latexmk >/dev/null || \
+		($(APT) latexmk texlive-latex-recommended texlive-fonts-recommended lmodern) >/dev/null 2>&1 || \
 		{ echo "All is made but the PDF, which needs LaTeX: sudo apt install latexmk texlive-latex-recommended" \
 		"texlive-fonts-recommended lmodern, then run make again."; exit 1; }
 	cd report && SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -pdf -interaction=nonstopmode -halt-on-error -silent report
