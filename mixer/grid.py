@@ -25,6 +25,7 @@ import filelock
 import pandas as pd
 import torch
 
+from mixer import data as fashion_mnist
 from mixer.data import DataError
 from mixer.train import RECORD_FORMAT, Config, Record, best_epoch, find_device, train, write_whole
 
@@ -305,6 +306,8 @@ def _run(configs: list[Config], options: argparse.Namespace) -> list[Record]:
     common = {"results": options.results, "device": device, "precision": options.precision}
     missing = sum(not record_path(config, options.results).exists() for config in configs)
     jobs = min(options.jobs or (_cores() if device == "cpu" else 1), missing)
+    if missing:
+        fashion_mnist.prepare()  # what is wrong with the data set is said once, not by every run
     if jobs <= 1:
         return run_grid(configs, **common)
     with process_pool(jobs) as executor:

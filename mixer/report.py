@@ -257,7 +257,7 @@ def about_bench() -> str:
         f"{products['float32']:.0f} GFLOP/s in float32 and {products['bfloat16']:.0f} in bfloat16 in the same run; the "
         f"fast path has {shares[0]} of the latter without dropout and {shares[1]} with it (batch of {BATCHES[0]}). "
         f"The training steps of the coursework's grid take {hours['fast']:.1f} hours by the fast path, and "
-        f"{hours['timm']:.1f} by timm's model in a plain loop."
+        f"{hours['timm']:.1f} by timm's model in a plain loop. {about_same_answer()}"
     )
 
 
@@ -274,6 +274,26 @@ def _bench_rows() -> list[list[str]]:
         ]
         rows.append([LABELS[variant], f"{dropout_p:g}", *by_batch, f"{row['mib', '']:.0f}"])
     return rows
+
+
+def about_same_answer() -> str:
+    """Where the fast path and plain PyTorch end after the same epochs of the same runs, in plain text."""
+    table = same_answer()
+    ends = table.groupby("path")[["test_loss", "test_accuracy"]].agg(["mean", "min", "max"])
+
+    def end(path: str) -> str:
+        loss, accuracy = ends.loc[path, "test_loss"], ends.loc[path, "test_accuracy"]
+        return (
+            f"a test loss of {loss['mean']:.4f} ({loss['min']:.4f} to {loss['max']:.4f}) and a test accuracy of "
+            f"{accuracy['mean']:.2%} ({accuracy['min']:.2%} to {accuracy['max']:.2%})"
+        )
+
+    run = table.iloc[0]
+    setting = f"{run['num_epochs']} epochs on all images, {_label(_settings({'config': run}))}"
+    return (
+        f"The same training ({setting}; means and ranges of {table['seed'].nunique()} seeds) ends at {end('fused')} by "
+        f"the fast path in bfloat16, and at {end('plain')} by plain PyTorch in float32."
+    )
 
 
 # The claims in words

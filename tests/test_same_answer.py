@@ -23,8 +23,7 @@ def test_both_paths_were_run_with_the_same_seeds():
 
 
 @pytest.mark.parametrize("measure", ["train_loss", "test_loss", "test_accuracy"])
-def test_each_path_ends_within_the_others_spread(measure):
+def test_the_paths_differ_by_less_than_the_seeds_of_either(measure):
     ends = same_answer(SAME_ANSWER).groupby("path")[measure].agg(["mean", "min", "max"])
-    fused, plain = ends.loc["fused"], ends.loc["plain"]
-    assert fused["min"] <= plain["mean"] <= fused["max"]
-    assert plain["min"] <= fused["mean"] <= plain["max"]
+    spread = ends["max"] - ends["min"]
+    assert abs(ends.loc["fused", "mean"] - ends.loc["plain", "mean"]) < spread.min()
