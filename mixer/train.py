@@ -111,6 +111,8 @@ def train(
     precision = precision or find_precision(device)
     if precision not in ("bfloat16", "float32"):
         raise ValueError(f"precision is bfloat16 or float32, not {precision!r}")
+    if precision == "bfloat16" and device.type == "cpu" and find_precision(device) != precision:
+        raise ValueError("this processor does not compute in bfloat16: train in float32")
     data = data or fashion_mnist.load(device, config.limit)
     with (
         torch.random.fork_rng(devices=[]),

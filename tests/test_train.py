@@ -250,6 +250,13 @@ def test_a_wrong_precision_is_refused(few):
         run(few, precision="float16")
 
 
+def test_bfloat16_is_refused_where_the_processor_has_none(few, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="train in float32"):
+        run(few, precision="bfloat16")
+    assert run(few, Config(num_epochs=1))["environment"]["precision"] == "float32"
+
+
 def test_the_progress_bar_shows_epoch_loss_and_accuracies(few, capsys):
     train(Config(num_epochs=1), data=few, device="cpu")
     assert "epoch 1/1, loss " in (shown := capsys.readouterr().err) and "test " in shown
