@@ -1,4 +1,4 @@
-// One half of a mixer block, X + drop(W2 drop(gelu(W1 LayerNorm(X) + b1)) + b2), forward and backward.
+// The halves of the mixer's blocks, X + drop(W2 drop(gelu(W1 LayerNorm(X) + b1)) + b2), forward and backward.
 //
 // The rows (an image's channels in token mixing, a batch's patches in channel mixing) are cut into tiles of R rows,
 // the hidden layer into blocks of BLOCK units, and a block of a tile's hidden layer never leaves the core's
@@ -401,9 +401,9 @@ struct Norm {
 
 // ---------------------------------------------------------------- one call
 
-struct Call {  // what fused.py passes
+struct Call {
     const float *x, *gamma, *beta, *w1, *b1, *w2, *b2, *grad;
-    float *out, *d_gamma, *d_beta, *d_w1, *d_b1, *d_w2, *d_b2;  // out is d_x in the backward pass
+    float *out, *d_gamma, *d_beta, *d_w1, *d_b1, *d_w2, *d_b2;  // out, which is d_x backward, may be x or grad
     const int64_t* seed;
     int64_t batch, patches, hidden;
     int32_t over_patches, threshold, threads;
@@ -888,10 +888,45 @@ extern "C" void mixing_gelu(const float* z, float* value, float* derivative, int
     gelu<Float32>(z, value, derivative, count);
 }
 
-extern "C" void mixing_run(const Call* call, int bfloat16, int backward) {
-    std::lock_guard<std::mutex> lock(one_call);
+// What fused.py passes: the mixings of all blocks, one after the other, along the patches and along the channels in
+// turns. Each has six parameters, in the order of Call, a hidden width and a seed.
+struct Chain {
+    const float* x;
+    const float* const* parameters;
+    const int64_t *hidden, *seeds;
+    int64_t mixings, batch, patches;
+    int32_t threshold, threads, bfloat16;
+
+    int64_t size() const { return batch * patches * C; }
+    void run(int i, const float* from, const float* grad, float* to, float* const* gradients) const {
+        const float* const* w = parameters + 6 * i;
+        float* d[6] = {};
+        if (grad) std::copy_n(gradients + 6 * i, 6, d);
+        const Call call = {from, w[0], w[1], w[2], w[3], w[4], w[5], grad, to, d[0], d[1], d[2], d[3], d[4], d[5],
+                           seeds + i, batch, patches, hidden[i], i % 2 == 0, threshold, threads};
 #if defined(__AVX512BF16__)
-    if (bfloat16) return Mixing<Bfloat16>(*call, backward).run();
+        if (bfloat16) return Mixing<Bfloat16>(call, grad != nullptr).run();
 #endif
-    Mixing<Float32>(*call, backward).run();
+        Mixing<Float32>(call, grad != nullptr).run();
+    }
+};
+
+// stream: where the outputs of all mixings but the last are kept, or null.
+extern "C" void mixing_forward(const Chain* chain, float* stream, float* out) {
+    std::lock_guard<std::mutex> lock(one_call);
+    const float* from = chain->x;
+    for (int i = 0; i < chain->mixings; i++) {
+        float* to = stream && i < chain->mixings - 1 ? stream + i * chain->size() : out;
+        chain->run(i, from, nullptr, to, nullptr);
+        from = to;
+    }
+}
+
+// gradients: of x, then of the parameters.
+extern "C" void mixing_backward(const Chain* chain, const float* stream, const float* grad, float* const* gradients) {
+    std::lock_guard<std::mutex> lock(one_call);
+    for (int i = chain->mixings - 1; i >= 0; i--) {
+        chain->run(i, i ? stream + (i - 1) * chain->size() : chain->x, grad, gradients[0], gradients + 1);
+        grad = gradients[0];
+    }
 }

@@ -1,9 +1,10 @@
-"""The MLP of a mixer block, with its LayerNorm, dropout and skip connection.
+"""The mixer's blocks as one operator on the CPU, and what dropout draws its masks from.
 
-The formula stands here in plain PyTorch, for every device and precision. On the CPU an operator of our own does the
-same, forward and backward, without ever writing the wide hidden layer to memory (``fused.cpp``). It is compiled on
-first use, which takes some seconds, and kept in the user's cache. Where it cannot be, the plain formula stands in
-and one log line says why. ``MIXER_FUSED=0`` in the environment asks for the plain formula.
+``MixerBlock`` in model.py is the formula in plain PyTorch, for every device and precision. On the CPU an operator of
+our own does the same for all blocks in one call, forward and backward, without ever writing the wide hidden layers
+to memory (``fused.cpp``). It is compiled on first use, which takes some seconds, and kept in the user's cache. Where
+it cannot be, the plain formula stands in and one log line says why. ``MIXER_FUSED=0`` in the environment asks for
+the plain formula.
 """
 
 import contextlib
@@ -19,59 +20,43 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import filelock
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-Along = Literal["patches", "channels"]
 CHANNELS = 16  # what the operator is written for
 log = logging.getLogger("mixer")
 
 
-def mixing(
-    x: Tensor, norm: nn.LayerNorm, w_in: nn.Linear, w_out: nn.Linear, along: Along, p: float, seed: Tensor
-) -> Tensor:
-    """X + drop(W_out · drop(gelu(W_in · LayerNorm(X)))), half of equation (1) of the paper.
+def mixing(blocks: nn.ModuleList, x: Tensor, seeds: Tensor, p: float) -> Tensor:
+    """The ``MixerBlock``s, one after the other: (B, S, C) -> (B, S, C).
 
-    x: (B, S, C). The MLP works along the patches S or along the channels C. ``p`` is the probability of dropping
-    an element, 0 outside training; ``seed``, an int64 scalar tensor, decides which: the same seed gives the same
-    mask on every device, by the operator and by the plain formula.
+    ``p`` is the probability of dropping an element, 0 outside training; ``seeds``, int64 (blocks, 2), decide which:
+    the same seeds give the same masks on every device, by the operator and by the plain formula.
+
+    One call for all blocks, because what PyTorch does around a call takes a third of a millisecond while the
+    processor's caches are full of images: with a call for each MLP that was a tenth of a training step.
     """
-    parameters = (norm.weight, norm.bias, w_in.weight, w_in.bias, w_out.weight, w_out.bias)
-    over_patches = along == "patches"
+    parameters = list(blocks.parameters())
     if _operator_serves(x, parameters):
         bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        return fused(x, *parameters, seed, over_patches, p, bfloat16)
-    return plain(x, *parameters, seed, over_patches, p)
+        return fused(x, parameters, seeds, p, bfloat16)
+    for block, block_seeds in zip(blocks, seeds, strict=True):
+        x = block(x, block_seeds, p)
+    return x
 
 
-def plain(x, gamma, beta, w1, b1, w2, b2, seed: Tensor, over_patches: bool, p: float) -> Tensor:
-    """The formula in plain PyTorch, on any device and in any precision."""
-    y = F.layer_norm(x, gamma.shape, gamma, beta, eps=1e-6)
-    if over_patches:
-        y = y.transpose(1, 2)
-    hidden = F.gelu(F.linear(y, w1, b1))
-    if p > 0:
-        hidden = hidden * dropout_scale(hidden.shape, p, seed, stream=0).to(hidden.dtype)
-    y = F.linear(hidden, w2, b2)
-    if over_patches:
-        y = y.transpose(1, 2)
-    if p > 0:
-        y = y * dropout_scale(y.shape, p, seed, stream=1).to(y.dtype)
-    return x + y
+def fused(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool) -> Tensor:
+    """The blocks by the operator, ``torch.ops.mixer.mixing``: float32 tensors on the CPU, 16 channels.
 
+    ``parameters``: twelve a block, in the order in which ``MixerBlock`` has them.
 
-def fused(x, gamma, beta, w1, b1, w2, b2, seed: Tensor, over_patches: bool, p: float, bfloat16: bool) -> Tensor:
-    """The formula as one operator, ``torch.ops.mixer.mixing``: float32 tensors on the CPU, 16 channels.
-
-    ``bfloat16`` multiplies in bfloat16 and adds in float32, where the CPU can; GELU is then within 1e-4, a
-    gradient within 1 % (relative error of its norm). Otherwise GELU is within 1e-6 and a gradient within 1e-5.
+    ``bfloat16`` multiplies in bfloat16 and adds in float32, where the CPU can; GELU is then within 1e-4, a block's
+    gradients within 1 % (relative error of the norm). Otherwise GELU is within 1e-6 and gradients within 1e-5.
     Output and gradients are the same bit for bit on any number of threads.
     """
-    return torch.ops.mixer.mixing(x.contiguous(), gamma, beta, w1, b1, w2, b2, seed, over_patches, p, bfloat16)
+    return torch.ops.mixer.mixing(x, parameters, seeds, p, bfloat16, torch.is_grad_enabled())[0]
 
 
 def path(device: torch.device | str, precision: str) -> str:
@@ -118,10 +103,11 @@ _wanted = os.environ.get("MIXER_FUSED", "1") != "0"
 _threads: int | None = None
 
 
-def _operator_serves(x: Tensor, parameters: tuple[Tensor, ...]) -> bool:
+def _operator_serves(x: Tensor, parameters: list[Tensor]) -> bool:
     return (
         _wanted
         and x.device.type == "cpu"
+        and len(parameters) > 0
         and x.ndim == 3
         and x.shape[2] == CHANNELS
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *parameters))
@@ -135,6 +121,11 @@ def _available() -> bool:
 
 
 # ---------------------------------------------------------------- dropout
+
+
+def dropout(y: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+    """``y`` with elements dropped with probability ``p``, by ``seed`` and ``stream``, and the others scaled up."""
+    return y * dropout_scale(y.shape, p, seed, stream).to(y.dtype) if p > 0 else y
 
 
 def dropout_scale(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tensor:
@@ -183,86 +174,94 @@ def _signed(factor: int, width: int = 64) -> int:
 # ---------------------------------------------------------------- the operator
 
 
-class _Call(ctypes.Structure):
-    """``Call`` in fused.cpp."""
+class _Chain(ctypes.Structure):
+    """``Chain`` in fused.cpp. It keeps its arrays alive, but not the tensors that they point to."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "gamma", "beta", "w1", "b1", "w2", "b2", "grad")),
-        *((name, ctypes.c_void_p) for name in ("out", "d_gamma", "d_beta", "d_w1", "d_b1", "d_w2", "d_b2")),
-        ("seed", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("batch", "patches", "hidden")),
-        *((name, ctypes.c_int32) for name in ("over_patches", "threshold", "threads")),
+        ("x", ctypes.c_void_p),
+        ("parameters", ctypes.POINTER(ctypes.c_void_p)),
+        ("hidden", ctypes.POINTER(ctypes.c_int64)),
+        ("seeds", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("mixings", "batch", "patches")),
+        *((name, ctypes.c_int32) for name in ("threshold", "threads", "bfloat16")),
     )
 
+    def __init__(self, x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool):
+        hidden = [w1.shape[0] for w1 in parameters[2::6]]
+        super().__init__(
+            x.data_ptr(),
+            _pointers(parameters),
+            (ctypes.c_int64 * len(hidden))(*hidden),
+            seeds.data_ptr(),
+            len(hidden),
+            *x.shape[:2],
+            _threshold(p),
+            _threads or torch.get_num_threads(),
+            bfloat16,
+        )
 
-def _run(inputs: tuple[Tensor, ...], seed: Tensor, over_patches: bool, p: float, bfloat16: bool, grad=None):
-    inputs = [t.contiguous() for t in inputs]
-    outputs = [torch.empty_like(t) for t in (inputs if grad is not None else inputs[:1])]
-    x, w1 = inputs[0], inputs[3]
-    if x.numel() == 0:
-        return [torch.zeros_like(t) for t in outputs]
-    pointers = [t.data_ptr() for t in inputs]
-    pointers += [None if grad is None else (grad := grad.contiguous()).data_ptr()]
-    pointers += [t.data_ptr() for t in outputs] + [None] * (7 - len(outputs))
-    sizes = (x.shape[0], x.shape[1], w1.shape[0])
-    call = _Call(*pointers, seed.data_ptr(), *sizes, over_patches, _threshold(p), _threads or torch.get_num_threads())
-    library().mixing_run(ctypes.byref(call), bfloat16, grad is not None)
-    return outputs
+
+def _pointers(tensors: list[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
+
+
+def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
 
 
 @torch.library.custom_op("mixer::mixing", mutates_args=(), device_types="cpu")
 def _mixing(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    seed: Tensor,
-    over_patches: bool,
-    p: float,
-    bfloat16: bool,
-) -> Tensor:
-    return _run((x, gamma, beta, w1, b1, w2, b2), seed, over_patches, p, bfloat16)[0]
+    x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """The output, and the outputs of all MLPs but the last, if they are to be kept for the backward pass."""
+    x, seeds, *parameters = _contiguous([x, seeds, *parameters])
+    output, stream = torch.empty_like(x), x.new_empty(_stream_shape(x, parameters, keep))
+    if x.numel():
+        chain = _Chain(x, parameters, seeds, p, bfloat16)
+        library().mixing_forward(chain, stream.data_ptr() if keep else None, output.data_ptr())
+    return output, stream
 
 
 @torch.library.custom_op("mixer::mixing_backward", mutates_args=(), device_types="cpu")
 def _mixing_backward(
-    grad: Tensor,
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    seed: Tensor,
-    over_patches: bool,
-    p: float,
-    bfloat16: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(_run((x, gamma, beta, w1, b1, w2, b2), seed, over_patches, p, bfloat16, grad))
+    grad: Tensor, x: Tensor, stream: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool
+) -> list[Tensor]:
+    """The gradients of x and of the parameters."""
+    grad, x, seeds, *parameters = _contiguous([grad, x, seeds, *parameters])
+    if not x.numel():
+        return [torch.zeros_like(t) for t in (x, *parameters)]
+    gradients = [torch.empty_like(t) for t in (x, *parameters)]
+    chain = _Chain(x, parameters, seeds, p, bfloat16)
+    library().mixing_backward(chain, stream.data_ptr(), grad.data_ptr(), _pointers(gradients))
+    return gradients
 
 
 @_mixing.register_fake
-def _(x, *_):
-    return x.new_empty(x.shape)
+def _(x, parameters, seeds, p, bfloat16, keep):
+    return x.new_empty(x.shape), x.new_empty(_stream_shape(x, parameters, keep))
 
 
 @_mixing_backward.register_fake
-def _(grad, x, gamma, beta, w1, b1, w2, b2, *_):
-    return tuple(t.new_empty(t.shape) for t in (x, gamma, beta, w1, b1, w2, b2))
+def _(grad, x, stream, parameters, *_):
+    return [t.new_empty(t.shape) for t in (x, *parameters)]
+
+
+def _stream_shape(x: Tensor, parameters: list[Tensor], keep: bool) -> tuple[int, ...]:
+    return (len(parameters) // 6 - 1 if keep else 0, *x.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.over_patches, ctx.p, ctx.bfloat16 = inputs
-    ctx.save_for_backward(*tensors)
+    x, parameters, seeds, ctx.p, ctx.bfloat16, keep = inputs
+    assert keep, "without the outputs that it was told not to keep, there is no backward pass"
+    ctx.save_for_backward(x, output[1], seeds, *parameters)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad):
-    gradients = torch.ops.mixer.mixing_backward(grad, *ctx.saved_tensors, ctx.over_patches, ctx.p, ctx.bfloat16)
-    return *gradients, None, None, None, None
+def _differentiate(ctx, grad, _):
+    x, stream, seeds, *parameters = ctx.saved_tensors
+    d_x, *gradients = torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, ctx.p, ctx.bfloat16)
+    return d_x, gradients, None, None, None, None
 
 
 _mixing.register_autograd(_differentiate, setup_context=_save)
@@ -285,10 +284,12 @@ def library() -> ctypes.CDLL | None:
         reason = str(error).strip().rstrip(".")
         log.warning("The mixer's MLP runs as the plain formula, which is several times slower: %s.", reason)
         return None
-    library.mixing_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-    library.mixing_run.restype = None
-    library.mixing_gelu.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
-    library.mixing_gelu.restype = None
+    pointer, chain = ctypes.c_void_p, ctypes.POINTER(_Chain)
+    library.mixing_forward.argtypes = [chain, pointer, pointer]
+    library.mixing_backward.argtypes = [chain, pointer, pointer, pointer]
+    library.mixing_gelu.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int]
+    for function in (library.mixing_forward, library.mixing_backward, library.mixing_gelu):
+        function.restype = None
     return library
 
 
