@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -691,9 +692,15 @@ def _from_records(records: Iterable[Record], name: str) -> str:
     return "; ".join(sorted({str(record["environment"][name]) for record in records}))
 
 
-def _training_time(records: Iterable[Record]) -> str:
-    seconds = sum(epoch["seconds"] for record in records for epoch in record["history"])
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
+def _training_time(records: Sequence[Record]) -> str:
+    """Hours of one core, or on a GPU of the clock; from each run's median epoch, so that what else the machine did
+    now and then does not count."""
+    on_cpu = records[0]["environment"]["device"].startswith("cpu")
+    seconds = 0.0
+    for record in (record for record in records if record["history"]):
+        epochs = [epoch["seconds"] for epoch in record["history"]]
+        seconds += statistics.median(epochs) * len(epochs) * (record["environment"]["threads"] if on_cpu else 1)
+    return f"{seconds / 3600:.1f} {'core-hours' if on_cpu else 'hours'}"
 
 
 # README.md
