@@ -91,6 +91,8 @@ struct Dropout {
 
 // ---------------------------------------------------------------- the two precisions
 
+struct KeepAll {};  // stands for a mask where nothing is dropped
+
 // A precision says what a word is, how to make words, and how to compute GELU. It computes F(ZS·z) = FS·gelu(z), of
 // which the derivative is DS·gelu'(z), where the factors are for it to choose: they go into the packed weights.
 struct Float32 {
@@ -152,11 +154,14 @@ struct Float32 {
         return k;
     }
     static Vec select(Vec v, Keep k, int half) { return (Vec)((Bits)v & k.half[half]); }
+    static Vec add(Vec sum, Vec v, Keep k, int half) { return sum + select(v, k, half); }
+    static Vec add(Vec sum, Vec v, KeepAll, int) { return sum + v; }
     // BLOCK hidden units of a row as words along the units, and of two rows as words along the rows.
     struct Packed {
         Vec half[2];
     };
-    static Packed pack(Vec a, Vec b) { return {{a, b}}; }
+    static Packed pack(Vec a, Vec b, Keep k) { return {{select(a, k, 0), select(b, k, 1)}}; }
+    static Packed pack(Vec a, Vec b, KeepAll) { return {{a, b}}; }
     static void store_units(Word* to, Packed p) { store(to, p.half[0]), store(to + V, p.half[1]); }
     static void store_rows(Word* to, Packed p, Packed q) { store_units(to, p), store_units(to + BLOCK, q); }
 };
@@ -231,8 +236,13 @@ struct Bfloat16 {
         return _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(threshold));
     }
     static Vec select(Vec v, Keep k, int half) { return (Vec)_mm512_maskz_mov_ps(k >> (half * V), (__m512)v); }
+    static Vec add(Vec sum, Vec v, Keep k, int half) {
+        return (Vec)_mm512_mask_add_ps((__m512)sum, k >> (half * V), (__m512)sum, (__m512)v);
+    }
+    static Vec add(Vec sum, Vec v, KeepAll, int) { return sum + v; }
     using Packed = __m512i;
-    static Packed pack(Vec a, Vec b) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
+    static Packed pack(Vec a, Vec b, Keep k) { return (__m512i)_mm512_maskz_cvtne2ps_pbh(k, (__m512)b, (__m512)a); }
+    static Packed pack(Vec a, Vec b, KeepAll) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
     static void store_units(Word* to, Packed p) { store(to, (Vec)p); }
     // Unpacking interleaves within 128 bits, so the units end up in an order of their own; lane_of knows it.
     static void store_rows(Word* to, Packed p, Packed q) {
@@ -527,11 +537,15 @@ class Mixing {
         weights.columns.reserve(blocks * BLOCK / 2);
         for (int i = 0; i < blocks * BLOCK / 2; i++) weights.columns[i] = drop_hidden.column(i);
         parallel(blocks, call.threads, [&](int block) { pack(block); });
+        const bool drop = drop_hidden.threshold;
         parallel(parts, call.threads, [&](int i) {
             Slice& s = slices[i];
             prepare(s);
             const int first = int64_t(tiles) * i / parts, last = int64_t(tiles) * (i + 1) / parts;
-            for (int t = first; t < last; t++) backward ? tile_backward(t, s, t == first) : tile_forward(t, s);
+            for (int t = first; t < last; t++) {
+                if (backward) drop ? tile_backward<true>(t, s, t == first) : tile_backward<false>(t, s, t == first);
+                else drop ? tile_forward<true>(t, s) : tile_forward<false>(t, s);
+            }
         });
         if (backward) {
             parallel(blocks, call.threads, [&](int block) { reduce(block); });
@@ -688,15 +702,11 @@ class Mixing {
         for (int i = 0; i < rest * R; i++) s.y_rest[i * V] = sum(load(&s.y_rest[i * V]));
     }
 
-    // Two vectors of hidden units, dropped out (the scale is in the weights).
-    struct Dropper {
-        bool on;
-        typename P::Keep kept;
-        Vec operator()(Vec v, int half) const { return on ? P::select(v, kept, half) : v; }
-    };
-    Dropper drop(const Slice& s, int row, int block) const {
-        if (!drop_hidden.threshold) return {false, {}};
-        return {true, P::keep(drop_hidden.threshold, s.drop_rows[row], &weights.columns[block * BLOCK / 2])};
+    // Which of a block's hidden units a row keeps (the scale is in the weights).
+    template <bool DROP>
+    auto kept(const Slice& s, int row, int block) const {
+        if constexpr (!DROP) return KeepAll{};
+        else return P::keep(drop_hidden.threshold, s.drop_rows[row], &weights.columns[block * BLOCK / 2]);
     }
     // The outputs of 16 positions, [position][channel], dropped out.
     void drop_outputs(Square& y, int64_t position) const {
@@ -713,6 +723,7 @@ class Mixing {
         }
     }
 
+    template <bool DROP>
     void tile_forward(int t, Slice& s) const {
         const typename P::Gelu gelu;
         put_normalised(t, s);
@@ -732,13 +743,10 @@ class Mixing {
                 }
 #pragma GCC unroll 8
                 for (int m = 0; m < ROWS; m++) {
-                    const Dropper dropped = drop(s, row + m, block);
                     Vec f[2];
-                    for (int n = 0; n < 2; n++) {
-                        gelu(z[m][n], &f[n], nullptr);
-                        f[n] = dropped(f[n], n);
-                    }
-                    P::store_units(&s.h_units[(row + m) * UW + block % GROUP * BW], P::pack(f[0], f[1]));
+                    for (int n = 0; n < 2; n++) gelu(z[m][n], &f[n], nullptr);
+                    P::store_units(&s.h_units[(row + m) * UW + block % GROUP * BW],
+                                   P::pack(f[0], f[1], kept<DROP>(s, row + m, block)));
                 }
             }
             add_along_units(block, s.h_units.data, s);
@@ -756,6 +764,7 @@ class Mixing {
         });
     }
 
+    template <bool DROP>
     void tile_backward(int t, Slice& s, bool first) const {
         const typename P::Gelu gelu;
         put_normalised(t, s);
@@ -794,15 +803,15 @@ class Mixing {
                     typename P::Packed packed[2], d_packed[2];
 #pragma GCC unroll 2
                     for (int i = 0; i < 2; i++) {
-                        const Dropper dropped = drop(s, row + m + i, block);
+                        const auto keep = kept<DROP>(s, row + m + i, block);
                         Vec f[2], derivative[2];
                         for (int n = 0; n < 2; n++) {
                             gelu(z[m + i][n], &f[n], &derivative[n]);
-                            f[n] = dropped(f[n], n);
-                            derivative[n] = dropped(derivative[n] * d[m + i][n], n);
-                            b1[n] += derivative[n];
+                            derivative[n] *= d[m + i][n];
+                            b1[n] = P::add(b1[n], derivative[n], keep, n);
                         }
-                        packed[i] = P::pack(f[0], f[1]), d_packed[i] = P::pack(derivative[0], derivative[1]);
+                        packed[i] = P::pack(f[0], f[1], keep);
+                        d_packed[i] = P::pack(derivative[0], derivative[1], keep);
                         P::store_units(&s.d_units[(row + m + i) * UW + block % GROUP * BW], d_packed[i]);
                     }
                     P::store_rows(&s.h_rows[(row + m) / PAIR * BLOCK], packed[0], packed[1]);
