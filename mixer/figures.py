@@ -193,15 +193,18 @@ def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: b
     """Frame the curves, leaving out their steep start and rare spikes, which would press all the rest together.
 
     On the side from which the curves come, the frame ends where 98% of the points after the first tenth of the
-    epochs are inside. ``also`` is a value that has to be inside.
+    epochs are inside, and where every curve ends. ``also`` is a value that has to be inside.
     """
     if histories.empty:
         return
+    ends = histories.loc[histories["epoch"] == histories["epoch"].max(), columns]
     settled = histories.loc[histories["epoch"] > histories["epoch"].max() / 10, columns].to_numpy().ravel()
     if rising:
-        low, high = np.quantile(settled, 0.02, method="lower"), histories[columns].max(axis=None)
+        low = min(np.quantile(settled, 0.02, method="lower"), ends.min(axis=None))
+        high = histories[columns].max(axis=None)
     else:
-        low, high = histories[columns].min(axis=None), np.quantile(settled, 0.98, method="higher")
+        low = histories[columns].min(axis=None)
+        high = max(np.quantile(settled, 0.98, method="higher"), ends.max(axis=None))
     if also is not None:
         low, high = min(low, also), max(high, also)
     margin = 0.04 * (high - low) or 0.01
