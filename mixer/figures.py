@@ -193,7 +193,7 @@ def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: b
     """Frame the curves, leaving out their steep start and rare spikes, which would press all the rest together.
 
     On the side from which the curves come, the frame ends where 98% of the points after the first tenth of the
-    epochs are inside, and where every curve ends. ``also`` is a value that has to be inside.
+    epochs are inside, and every end of a whole run. ``also`` is a value that has to be inside.
     """
     if histories.empty:
         return

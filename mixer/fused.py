@@ -52,8 +52,8 @@ def fused(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16
 
     ``parameters``: twelve a block, in the order in which ``MixerBlock`` has them.
 
-    ``bfloat16`` multiplies in bfloat16 and adds in float32, where the CPU can; GELU is then within 1e-4, a block's
-    gradients within 1 % (relative error of the norm). Otherwise GELU is within 1e-6 and gradients within 1e-5.
+    ``bfloat16`` multiplies in bfloat16 and adds in float32, where the CPU can; GELU is then within 1e-4, the gradients
+    of each of a block's MLPs within 1 % (relative error of the norm). Otherwise within 1e-6, and gradients 1e-5.
     Output and gradients are the same bit for bit on any number of threads.
     """
     return torch.ops.mixer.mixing(x, parameters, seeds, p, bfloat16, torch.is_grad_enabled())[0]

@@ -274,3 +274,15 @@ def test_the_readme_gets_its_table_and_keeps_the_rest(tmp_path):
     assert "Preliminary" not in (second := readme.read_text())
     for part, place in ((0, "<!-- results"), (-1, "<!-- end of results")):
         assert first.split(place)[part] == second.split(place)[part]
+
+
+def test_training_time_is_of_cores_and_ignores_an_epoch_that_was_held_up():
+    records = eight()
+    for run in records:
+        for epoch in run["history"]:
+            epoch["seconds"] = 30.0
+    records[0]["history"][7]["seconds"] = 5000.0
+    assert report._training_time(records) == "8.0 core-hours"  # 8 runs of 60 epochs of 30 s on 2 threads
+    for run in records:
+        run["environment"]["device"] = "NVIDIA H100"
+    assert report._training_time(records) == "4.0 hours"
