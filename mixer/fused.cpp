@@ -42,6 +42,7 @@ constexpr int V = 8, ROWS = 4;
 constexpr int V = 4, ROWS = 4;
 #endif
 constexpr int HALF = ROWS / 2;  // rows of two register tiles at once
+constexpr int TALL = 2 * ROWS;  // rows of a register tile one vector wide
 constexpr int C = 16;           // channels of the residual stream
 constexpr int R = 128;          // rows in a tile
 constexpr int BLOCK = 2 * V;    // hidden units in a block
@@ -261,8 +262,8 @@ struct Start {
 };
 alignas(64) const float zeros[3 * V] = {};
 
-template <class P, int M, int N>
-inline void tile(const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, Start start) {
+template <class P, int AS, int M, int N>
+inline void tile(const Word* a, const Word* b, int64_t bs, int words, float* c, int64_t cs, Start start) {
     if (words <= 0) __builtin_unreachable();  // or GCC takes the sums through memory on their way into the loop
     Vec acc[M][N];
     for (int m = 0; m < M; m++)
@@ -271,33 +272,35 @@ inline void tile(const Word* a, int64_t as, const Word* b, int64_t bs, int words
         Vec row[N];
         for (int n = 0; n < N; n++) row[n] = load(b + w * bs + n * V);
         for (int m = 0; m < M; m++)
-            for (int n = 0; n < N; n++) acc[m][n] = P::dot(acc[m][n], a[m * as + w], row[n]);
+            for (int n = 0; n < N; n++) acc[m][n] = P::dot(acc[m][n], a[m * AS + w], row[n]);
     }
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) store(c + m * cs + n * V, acc[m][n]);
 }
 
 // The same for up to M rows; without `add`, the sums start from zero.
-template <class P, int M, int N>
-void tile_of(int rows, const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs,
-             bool add) {
+template <class P, int AS, int M, int N>
+void tile_of(int rows, const Word* a, const Word* b, int64_t bs, int words, float* c, int64_t cs, bool add) {
     if constexpr (M > 0) {
-        if (rows < M) return tile_of<P, M - 1, N>(rows, a, as, b, bs, words, c, cs, add);
-        tile<P, M, N>(a, as, b, bs, words, c, cs, add ? Start{c, cs} : Start{zeros, 0});
+        if (rows < M) return tile_of<P, AS, M - 1, N>(rows, a, b, bs, words, c, cs, add);
+        tile<P, AS, M, N>(a, b, bs, words, c, cs, add ? Start{c, cs} : Start{zeros, 0});
     }
 }
 
-// C (rows × vectors · V), or zero, += A (rows × words) · B (words × vectors · V), cut into register tiles.
-template <class P>
-void add_product(const Word* a, int64_t as, const Word* b, int64_t bs, int words, float* c, int64_t cs, int rows,
-                 int vectors, bool add = true) {
-    const int parts = (rows + ROWS - 1) / ROWS;
+// C (rows × vectors · V), or zero, += A (rows × words) · B (words × vectors · V), cut into register tiles. The rows of
+// A are AS words apart, which is a constant so that the compiler can address them all from one register.
+template <class P, int AS>
+void add_product(const Word* a, const Word* b, int64_t bs, int words, float* c, int64_t cs, int rows, int vectors,
+                 bool add = true) {
+    const int most = vectors == 1 ? TALL : ROWS, parts = (rows + most - 1) / most;
     for (int part = 0; part < parts; part++) {
         const int m = rows * part / parts, count = rows * (part + 1) / parts - m;
         for (int n = 0; n < vectors;) {
             const int left = vectors - n, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
-            auto run = width == 3 ? tile_of<P, ROWS, 3> : width == 2 ? tile_of<P, ROWS, 2> : tile_of<P, ROWS, 1>;
-            run(count, a + m * as, as, b + n * V, bs, words, c + m * cs + n * V, cs, add);
+            auto run = width == 3   ? tile_of<P, AS, ROWS, 3>
+                       : width == 2 ? tile_of<P, AS, ROWS, 2>
+                                    : tile_of<P, AS, TALL, 1>;
+            run(count, a + m * AS, b + n * V, bs, words, c + m * cs + n * V, cs, add);
             n += width;
         }
     }
@@ -680,17 +683,17 @@ class Mixing {
     void add_along_units(int block, const Word* units, Slice& s) const {
         if (block % GROUP < GROUP - 1 && block < blocks - 1) return;
         const int first = block / GROUP * GROUP, along = (block + 1 - first) * BW;
-        add_product<P>(units, UW, &weights.along[first * BW * int64_t(wide)], wide, along, s.y.data, wide, R, vectors);
+        add_product<P, UW>(units, &weights.along[first * BW * int64_t(wide)], wide, along, s.y.data, wide, R, vectors);
         for (int k = 0; k < rest; k++)
-            for (int row = 0; row < R; row += ROWS) {
+            for (int row = 0; row < R; row += TALL) {
                 float* to = &s.y_rest[(k * R + row) * V];
-                Vec sums[ROWS];
-                for (int m = 0; m < ROWS; m++) sums[m] = load(to + m * V);
+                Vec sums[TALL];
+                for (int m = 0; m < TALL; m++) sums[m] = load(to + m * V);
                 for (int i = 0; i < along; i += V) {
                     const Vec weight = load(&weights.rest[((first + i / BW) * rest + k) * int64_t(BW) + i % BW]);
-                    for (int m = 0; m < ROWS; m++) sums[m] = P::dot(sums[m], load(units + (row + m) * UW + i), weight);
+                    for (int m = 0; m < TALL; m++) sums[m] = P::dot(sums[m], load(units + (row + m) * UW + i), weight);
                 }
-                for (int m = 0; m < ROWS; m++) store(to + m * V, sums[m]);
+                for (int m = 0; m < TALL; m++) store(to + m * V, sums[m]);
             }
     }
     // Before and after the blocks of a tile.
@@ -820,8 +823,8 @@ class Mixing {
                 for (int n = 0; n < 2; n++) store(&s.b1[block * BLOCK + n * V], b1[n]);
             }
             const int64_t sums = block * features * int64_t(BLOCK);
-            add_product<P>(s.g_features.data, RW, s.h_rows.data, BLOCK, RW, &s.w2[sums], BLOCK, features, 2, !first);
-            add_product<P>(s.x_features.data, RW, s.d_rows.data, BLOCK, RW, &s.w1[sums], BLOCK, features, 2, !first);
+            add_product<P, RW>(s.g_features.data, s.h_rows.data, BLOCK, RW, &s.w2[sums], BLOCK, features, 2, !first);
+            add_product<P, RW>(s.x_features.data, s.d_rows.data, BLOCK, RW, &s.w1[sums], BLOCK, features, 2, !first);
             add_along_units(block, s.d_units.data, s);
         }
         finish(s);
