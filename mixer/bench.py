@@ -1,6 +1,6 @@
 """What the fast path is worth on this machine, measured beside its peers.
 
-    python -m mixer.bench               about a quarter of an hour; results/bench/, figures/bench.pdf and .png
+    python -m mixer.bench               about a quarter of an hour; a file in results/bench/, figures/bench.pdf and .png
     python -m mixer.bench --quick       some minutes, to see that it works: writes nothing
     python -m mixer.bench --draw FILE   the figure again, from a finished measurement
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mixer.train import Config, environment, find_device, find_precision, write_
 FOLDER = RESULTS / "bench"
 TRAIN_IMAGES = 60_000
 BATCHES, DROPOUTS = (256, 512), (0.0, 0.1)
+ROUNDS = {256: 10, 512: 5}
 # The order of the issue and of the figure; the first is what the others are compared with.
 LABELS = {
     "timm": "timm, eager float32",
@@ -201,6 +203,7 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
     threads = torch.get_num_threads()
     precision = find_precision(device)
     result: dict[str, Any] = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(device, precision),
         "gflops_of_large_products": {
             name: round(peak(getattr(torch, name), device, 0.5 if quick else 3) / 1e9, 1)
@@ -236,7 +239,7 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
                     trainers.pop(name, None)
                     reasons[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
                     print(f"{LABELS[name]} cannot run here ({reasons[name]})")
-            seconds = alternate(trainers, size, rounds=2 if quick else 5)
+            seconds = alternate(trainers, size, rounds=2 if quick else ROUNDS[size])
             first = statistics.median(seconds["timm"]) * 1e3 if "timm" in seconds else None
             result["steps"] += [add(name, p, size, s, first) for name, s in seconds.items()]
             if device.type == "cuda" or Path("/proc/self/status").exists():
@@ -388,7 +391,8 @@ def main(arguments: list[str] | None = None) -> None:
         result = measure(device, options.quick, options.variants)
         if options.quick:
             return
-        name = f"{device.type}_{torch.get_num_threads()}threads.json" if device.type == "cpu" else f"{device.type}.json"
+        machine = f"{result['environment']['device']} {result['environment']['threads']} threads"
+        name = re.sub(r"[^a-z0-9]+", "_", machine.lower()) + ".json"
         write_whole(FOLDER / name, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
         print(f"{FOLDER / name} is written.")
     from mixer.figures import save

@@ -231,12 +231,16 @@ def same_answer(folder: Path = SAME_ANSWER) -> pd.DataFrame:
 
 # The benchmark
 
-BENCH = RESULTS / "bench" / "cpu_2threads.json"
+BENCH = RESULTS / "bench"
 
 
-def bench() -> pd.DataFrame:
-    """What mixer.bench measured: a row a variant and dropout; milliseconds a step, ratio to timm, peak MiB."""
-    measured = json.loads(BENCH.read_text())
+def measurements() -> list[dict]:
+    """What mixer.bench measured, a file a machine, the latest first."""
+    return sorted((json.loads(path.read_text()) for path in BENCH.glob("*.json")), key=lambda m: m["time"])[::-1]
+
+
+def bench(measured: dict) -> pd.DataFrame:
+    """A row a variant and dropout; milliseconds a step, ratio to timm, share of the GEMM peak, peak MiB."""
     steps = pd.DataFrame(measured["steps"])
     values = ["median", "times_as_fast", "share_of_peak"]
     table = steps.pivot(index=["variant", "dropout_p"], columns="batch_size", values=values)
@@ -247,19 +251,36 @@ def bench() -> pd.DataFrame:
 
 
 def about_bench() -> str:
-    """How it was measured, and what it means for the grid, in plain text."""
-    measured = json.loads(BENCH.read_text())
+    """How the latest was measured, what others measured, and what it means for the grid, in plain text."""
+    measured, *others = measurements()
     environment, hours, products = (measured[k] for k in ("environment", "grid_hours", "gflops_of_large_products"))
-    shares = [f"{bench().loc[('fast', p), ('share_of_peak', BATCHES[0])]:.0%}" for p in DROPOUTS]
-    counts = sorted({row["n"] for row in measured["steps"]})
-    return (
-        f"Medians of {' or '.join(map(str, counts))} steps in alternation in one process; {environment['device']}, "
-        f"{environment['threads']} threads, PyTorch {environment['torch']}. Large matrix products reach "
-        f"{products['float32']:.0f} GFLOP/s in float32 and {products['bfloat16']:.0f} in bfloat16 in the same run; the "
-        f"fast path has {shares[0]} of the latter without dropout and {shares[1]} with it (batch of {BATCHES[0]}). "
+    counts = " or ".join(f"{n}" for n in sorted({row["n"] for row in measured["steps"]}))
+    return _sentences(
+        f"Medians of {counts} steps in alternation in one process; {_machine(environment)}, "
+        f"PyTorch {environment['torch']}. Large matrix products reach {products['float32']:.0f} GFLOP/s in float32 and "
+        f"{products['bfloat16']:.0f} in bfloat16 in the same run; the fast path has {_fast(measured, 'share_of_peak')}"
+        f" of the latter without and with dropout (batch of {BATCHES[0]}).",
         f"The training steps of the coursework's grid take {hours['fast']:.1f} hours by the fast path, and "
-        f"{hours['timm']:.1f} by timm's model in a plain loop. {about_same_answer()}"
+        f"{hours['timm']:.1f} by timm's model in a plain loop.",
+        *(
+            f"On another machine ({_machine(other['environment'])}) the fast path is "
+            f"{_fast(other, 'times_as_fast')} times as fast as timm's model, at {_fast(other, 'share_of_peak')} of "
+            f"the peak, and the grid's steps take {other['grid_hours']['fast']:.1f} hours against "
+            f"{other['grid_hours']['timm']:.1f}."
+            for other in others
+        ),
+        about_same_answer(),
     )
+
+
+def _machine(environment: dict) -> str:
+    return f"{environment['device']}, {environment['threads']} threads"
+
+
+def _fast(measured: dict, what: str) -> str:
+    """Of the fast path without and with dropout, with the smaller batch."""
+    values = [bench(measured).loc[("fast", p), (what, BATCHES[0])] for p in DROPOUTS]
+    return " and ".join(f"{value:.1f}" if what == "times_as_fast" else f"{value:.0%}" for value in values)
 
 
 def _bench_heads() -> list[str]:
@@ -269,7 +290,7 @@ def _bench_heads() -> list[str]:
 
 def _bench_rows() -> list[list[str]]:
     rows = []
-    for (variant, dropout_p), row in bench().iterrows():
+    for (variant, dropout_p), row in bench(measurements()[0]).iterrows():
         by_batch = [
             text for size in BATCHES for text in (f"{row['median', size]:.0f}", f"{row['times_as_fast', size]:.1f}")
         ]
@@ -521,7 +542,7 @@ def write(records: Sequence[Record], folder: Path = GENERATED) -> None:
         "convergence.tex": _convergence(records),
         "reproduction.tex": _reproduction(records),
     }
-    if BENCH.exists():
+    if measurements():
         files |= {"bench.tex": _bench(), "bench_about.tex": _latex(about_bench()) + "\n"}
     for name, content in files.items():
         write_whole(folder / name, content.encode())
@@ -741,7 +762,7 @@ def readme_results(records: Sequence[Record]) -> str:
 
 def readme_bench() -> str:
     """The README's table of the fast path beside its peers, in Markdown; empty where nothing is measured."""
-    if not BENCH.exists():
+    if not measurements():
         return ""
     heads = _bench_heads()
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]

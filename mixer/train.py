@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -317,10 +318,11 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{device.type}: {line.partition(':')[2].strip()}"
+    with contextlib.suppress(OSError, KeyError):
+        # Rented machines often hide the name's end; family and model tell the generation all the same.
+        lines = re.findall(r"^(model name|cpu family|model)\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        cpu = dict(lines)
+        return f"cpu: {cpu['model name']}, family {cpu['cpu family']} model {cpu['model']}"
     return f"{device.type}: {platform.processor() or platform.machine()}"
 
 

@@ -286,3 +286,17 @@ def test_training_time_is_of_cores_and_ignores_an_epoch_that_was_held_up():
     for run in records:
         run["environment"]["device"] = "NVIDIA H100"
     assert report._training_time(records) == "4.0 hours"
+
+
+def test_the_latest_measurement_is_shown_and_other_machines_are_named(tmp_path, monkeypatch):
+    measured = report.measurements()[0]
+    monkeypatch.setattr(report, "BENCH", tmp_path)
+    assert report.readme_bench() == ""
+    for year, device, factor in (("2031", "cpu: new", 2), ("2030", "cpu: old", 1)):
+        steps = [row | {"median": row["median"] / factor} for row in measured["steps"]]
+        other = measured | {"time": year, "steps": steps, "environment": measured["environment"] | {"device": device}}
+        (tmp_path / f"{year}.json").write_text(json.dumps(other))
+    first, median = measured["steps"][0], f"{measured['steps'][0]['median'] / 2:.0f}"
+    assert f"| timm, eager float32 | {first['dropout_p']:g} | {median} | 1.0 |" in report.readme_bench()
+    before, after = report.about_bench().split("On another machine")
+    assert "cpu: new" in before and "cpu: old" in after
