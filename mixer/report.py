@@ -571,6 +571,8 @@ def _macros(records: Sequence[Record]) -> str:
         "bestEpoch": f"{top['epoch']}",
         "bestLast": f"{last['test_accuracy']:.2%}",
         "bestSet": _label(_settings(claim.winner)),
+        "reachedBest": _count(claim.reached_best),
+        "reachedLast": _count(claim.reached_last),
         "pixelMean": f"{PIXEL_MEAN:.3f}",
         "pixelDeviation": f"{PIXEL_STD:.3f}",
         "gridTime": _training_time(records),
