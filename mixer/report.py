@@ -150,9 +150,7 @@ class Claim2:
     deviation: float  # standard deviation of the levels
     interval: float  # width of the 95% interval of one accuracy near these levels
     wobble: float  # root mean square change from one epoch to the next, last half of the training, all runs
-    effects: dict[
-        str, float
-    ]  # setting -> level at its higher value minus level at its lower, mean over pairs; NaN without one
+    effects: pd.DataFrame  # of each setting: see _effects
     diverged: int  # runs that have no level
 
 
@@ -166,33 +164,48 @@ def claim2(records: Sequence[Record]) -> Claim2:
     steps = np.diff(curves[:, -max(2, count // 2) :])
     low, high = interval(float(levels.mean()))
     table = pd.DataFrame([_settings(r) for r in finished], columns=_SETTINGS).assign(level=levels)
-    effects = {}
-    for name in _SETTINGS:  # from pairs of runs that differ in this setting alone
-        pairs = table.pivot(index=[other for other in _SETTINGS if other != name], columns=name, values="level")
-        effects[name] = float((pairs.iloc[:, -1] - pairs.iloc[:, 0]).mean()) if pairs.shape[1] > 1 else math.nan
     return Claim2(
         epochs=quarter,
         spread=float(np.ptp(levels)),
         deviation=float(levels.std(ddof=1)) if len(levels) > 1 else 0.0,
         interval=high - low,
         wobble=float(np.sqrt((steps**2).mean())) if steps.size else 0.0,
-        effects=effects,
+        effects=_effects(table),
         diverged=len(records) - len(finished),
     )
+
+
+def _effects(levels: pd.DataFrame) -> pd.DataFrame:
+    """What a setting does, from the pairs of runs that differ in it alone: a row for each setting that has pairs.
+
+    better, worse: its two values; pairs: their number; mean, low, high: how far the better one's level lies above.
+    """
+    rows = []
+    for name in _SETTINGS:
+        others = [other for other in _SETTINGS if other != name]
+        pairs = levels.pivot(index=others, columns=name, values="level").dropna()
+        if pairs.shape[1] == 2 and len(pairs):
+            better, worse = pairs.mean().sort_values(ascending=False, kind="stable").index
+            above = pairs[better] - pairs[worse]
+            rows.append((name, better, worse, len(pairs), above.mean(), above.min(), above.max()))
+    columns = ["setting", "better", "worse", "pairs", "mean", "low", "high"]
+    return pd.DataFrame(rows, columns=columns).sort_values("mean", ascending=False, kind="stable")
 
 
 def claim3(records: Iterable[Record]) -> pd.DataFrame:
     """C3: 60 epochs are enough. One row for each run that did not diverge, epochs counted from 1.
 
     close_epoch: the first within 0.1 points of the run's best test accuracy. rise: mean test accuracy of the last
-    quarter of the epochs minus that of the quarter before. parted_epoch: from here on train accuracy stays more than
-    a point above test accuracy (NA: it never does). lowest_loss_epoch: of the test loss.
+    quarter of the epochs minus that of the quarter before; rise_error: its standard error, if what moves the accuracy
+    from one epoch to the next in these two quarters is independent noise. parted_epoch: from here on train accuracy
+    stays more than a point above test accuracy (NA: it never does). lowest_loss_epoch: of the test loss.
     """
     rows = []
     for record in (r for r in records if not r["diverged"]):
         test, train = _curve(record, "test_accuracy"), _curve(record, "train_accuracy")
         quarter = max(1, len(test) // 4)
         before = test[-2 * quarter : -quarter]
+        wobble = math.sqrt((np.diff(test[-2 * quarter :]) ** 2).mean()) if before.size else math.nan
         together = np.flatnonzero(train - test <= PARTED + ROUNDING)
         parted = int(together[-1]) + 2 if together.size else 1
         rows.append(
@@ -201,11 +214,12 @@ def claim3(records: Iterable[Record]) -> pd.DataFrame:
                 int(np.argmax(test >= test.max() - CLOSE - ROUNDING)) + 1,
                 best_epoch(record)["epoch"],
                 float(test[-quarter:].mean() - before.mean()) if before.size else math.nan,
+                wobble / math.sqrt(quarter),  # a step is two epochs' noise, the rise two means' of a quarter's epochs
                 parted if parted <= len(test) else None,
                 int(np.argmin(_curve(record, "test_loss"))) + 1,
             )
         )
-    columns = [*_SETTINGS, "close_epoch", "best_epoch", "rise", "parted_epoch", "lowest_loss_epoch"]
+    columns = [*_SETTINGS, "close_epoch", "best_epoch", "rise", "rise_error", "parted_epoch", "lowest_loss_epoch"]
     return pd.DataFrame(rows, columns=columns).astype({"parted_epoch": "Int64"})
 
 
@@ -395,21 +409,19 @@ def answer2(records: Sequence[Record]) -> str:
         "a single accuracy.",
         f"In the second half of the training a curve changes by {_points(claim.wobble)} from one epoch to the next "
         "(root mean square).",
-        _strongest_setting(claim.effects),
+        _effects_in_words(claim.effects),
         "All of this rests on one seed, which cannot separate the effect of a setting from that of chance; more "
         "seeds have to settle it.",
     )
 
 
-def _strongest_setting(effects: dict[str, float]) -> str:
-    if any(math.isnan(effect) for effect in effects.values()):
-        return ""
-    strongest, *others = sorted(effects, key=lambda name: -abs(effects[name]))
-    weaker = " and ".join(f"{_points(abs(effects[name]))} for {_NAMES[name]}" for name in others)
-    return (
-        f"{_NAMES[strongest].capitalize()} matters most: its two values differ by {_points(abs(effects[strongest]))} "
-        f"on average, against {weaker}."
-    )
+def _effects_in_words(effects: pd.DataFrame) -> str:
+    parts = [
+        f"{_NAMES[row.setting]} {row.better:g} lies {_points(row.mean)} above {row.worse:g} "
+        f"({100 * row.low:.2f} to {100 * row.high:.2f}, n = {row.pairs})"
+        for row in effects.itertuples()
+    ]
+    return f"Between runs that differ in one setting alone, {_list(parts)}." if parts else ""
 
 
 _NAMES = {"lr": "learning rate", "dropout_p": "dropout", "batch_size": "batch size"}
@@ -418,7 +430,8 @@ _NAMES = {"lr": "learning rate", "dropout_p": "dropout", "batch_size": "batch si
 def answer3(records: Sequence[Record]) -> str:
     table = claim3(records)
     num_epochs = records[0]["config"]["num_epochs"]
-    rising, falling = int((table["rise"] > CLOSE).sum()), int((table["rise"] < -CLOSE).sum())
+    beyond = np.maximum(CLOSE, 2 * table["rise_error"])
+    rising, falling = int((table["rise"] > beyond).sum()), int((table["rise"] < -beyond).sum())
     parted = table["parted_epoch"].dropna()
     if rising:
         verdict = f"No: {_of(rising, len(table))} curves {_verb(rising, 'is', 'are')} still rising at the end"
@@ -432,12 +445,16 @@ def answer3(records: Sequence[Record]) -> str:
             f"The epoch from which train accuracy stays more than a point above test accuracy is {_epochs(parted)}"
             + (f"; {_of(never, len(table))} runs do not get there." if never else ".")
         )
+    span = f"{100 * table['rise'].min():+.2f} to {100 * table['rise'].max():+.2f} points"
     return _sentences(
         _open_or(records, verdict),
+        ""
+        if table["rise"].isna().all()
+        else f"From the {_quarter(num_epochs)} to the last, mean test accuracy changes by {span}: "
+        f"{_of(rising, len(table))} curves {_verb(max(rising, 1), 'gains', 'gain')} and {_count(falling)} "
+        f"{_verb(max(falling, 1), 'loses', 'lose')} more than 0.1 points and more than twice the standard error that "
+        "their wobble leaves.",
         f"The epoch in which a curve first comes within 0.1 points of its best is {_epochs(table['close_epoch'])}.",
-        f"From the {_quarter(num_epochs)} to the last, {_of(rising, len(table))} curves "
-        f"{_verb(rising, 'gains', 'gain')} more than 0.1 points of mean test accuracy and {_count(falling)} "
-        f"{_verb(max(falling, 1), 'loses', 'lose')} as much.",
         parting,
         f"The epoch with the lowest test loss is {_epochs(table['lowest_loss_epoch'])}.",
     )
@@ -473,6 +490,10 @@ def _count(number: int) -> str:
 
 def _verb(count: int, one: str, many: str) -> str:
     return one if count == 1 else many
+
+
+def _list(parts: Sequence[str]) -> str:
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _points(difference: float) -> str:
@@ -638,7 +659,7 @@ def _convergence(records: Sequence[Record]) -> str:
             f"{run.batch_size}",
             f"{run.close_epoch}",
             f"{run.best_epoch}",
-            "--" if math.isnan(run.rise) else f"${100 * run.rise:+.2f}$",
+            "--" if math.isnan(run.rise) else rf"${100 * run.rise:+.2f} \pm {200 * run.rise_error:.2f}$",
             "--" if pd.isna(run.parted_epoch) else f"{run.parted_epoch}",
             f"{run.lowest_loss_epoch}",
         )

@@ -118,10 +118,13 @@ def test_claim2_separates_settings():
     claim = report.claim2(records)
     assert claim.epochs == 15
     assert claim.spread == pytest.approx(0.005)
-    assert claim.effects == pytest.approx({"lr": 0.004, "dropout_p": 0.001, "batch_size": 0.0})
+    rows = {row["setting"]: row for row in claim.effects.to_dict("records")}
+    for name, better, above in (("lr", 0.01, 0.004), ("dropout_p", 0.1, 0.001), ("batch_size", 256, 0.0)):
+        assert rows[name]["better"] == better and rows[name]["pairs"] == 4
+        assert [rows[name][k] for k in ("mean", "low", "high")] == pytest.approx([above] * 3)
     low, high = report.interval(0.8825)
     assert claim.interval == pytest.approx(high - low)
-    assert "Learning rate matters most: its two values differ by 0.40 points" in report.answer2(records)
+    assert "learning rate 0.01 lies 0.40 points above 0.001 (0.40 to 0.40, n = 4)" in report.answer2(records)
 
 
 def test_claim2_wobble_is_the_root_mean_square_step():
@@ -141,7 +144,8 @@ def test_claim2_names_no_effect_without_pairs():
     records = eight()
     for run in records[:4]:  # all of learning rate 0.01
         diverge(run)
-    assert "matters most" not in report.answer2(records)
+    answer = report.answer2(records)
+    assert "learning rate" not in answer and "n = 2" in answer
 
 
 def test_claim3_epochs():
@@ -154,6 +158,7 @@ def test_claim3_epochs():
     assert row["parted_epoch"] == 5  # ahead by two points in epoch 2, but not for good
     assert row["lowest_loss_epoch"] == 4
     assert row["rise"] == pytest.approx((0.888 + 0.888) / 2 - (0.8905 + 0.89) / 2)
+    assert row["rise_error"] == pytest.approx(np.sqrt((0.0005**2 + 0.002**2) / 3 / 2))
 
 
 def test_claim3_never_parted():
@@ -166,6 +171,10 @@ def test_claim3_both_verdicts():
     rising = [record(c, list(np.linspace(0.8, 0.9, 60))) for c in grid()]
     assert report.answer3(rising).startswith("No: all eight curves are still rising at the end.")
     assert report.answer3([*eight()[:7], rising[7]]).startswith("No: one of the eight curves is still rising")
+    for swing, verdict in ((0.0, "No:"), (0.004, "Yes.")):  # the same rise of 0.15 points, lost in a wobble or not
+        levels = [0.88] * 45 + [0.8815] * 15
+        curve = [level + swing * (-1) ** epoch / 2 for epoch, level in enumerate(levels)]
+        assert report.answer3([record(c, curve) for c in grid()]).startswith(verdict)
 
 
 @pytest.mark.parametrize("num_epochs", [1, 2, 59, 61])
