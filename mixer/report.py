@@ -119,8 +119,8 @@ _SETTINGS = ("lr", "dropout_p", "batch_size")
 class Claim1:
     """Is 89.17 % reached, and by the named set? Accuracies are fractions, differences too."""
 
-    reached_best: int  # runs that reach it in their best epoch
-    reached_last: int  # runs that reach it in their last epoch
+    reached_best: list[Record]  # runs that reach it in their best epoch
+    reached_last: list[Record]  # runs that reach it in their last epoch
     winner: Record  # the run with the highest test accuracy of any epoch
     is_named: bool  # the winner is the set that the coursework names
     by_epoch: float  # best minus last epoch, mean over the runs: what picking the epoch on the test set gives
@@ -129,11 +129,11 @@ class Claim1:
 
 def claim1(records: Sequence[Record]) -> Claim1:
     """C1: the best run reaches 89.17 % and is lr 0.01, dropout 0.1, batch size 256."""
-    table = summary(r for r in records if not r["diverged"])
-    winner = best(r for r in records if not r["diverged"])
+    finished = [r for r in records if not r["diverged"]]
+    table, winner = summary(finished), best(finished)
     return Claim1(
-        reached_best=int((table["best_test_accuracy"] >= THEIR_ACCURACY).sum()),
-        reached_last=int((table["last_test_accuracy"] >= THEIR_ACCURACY).sum()),
+        reached_best=[r for r in finished if best_epoch(r)["test_accuracy"] >= THEIR_ACCURACY],
+        reached_last=[r for r in finished if r["history"][-1]["test_accuracy"] >= THEIR_ACCURACY],
         winner=winner,
         is_named=_settings(winner) == _settings({"config": vars(THEIR_CONFIG)}),
         by_epoch=float((table["best_test_accuracy"] - table["last_test_accuracy"]).mean()),
@@ -332,7 +332,28 @@ def about_same_answer() -> str:
     )
 
 
-# The claims in words
+# The results in words
+
+
+def overfitting(records: Sequence[Record]) -> str:
+    """How far train and test have parted at the end, by dropout, in plain text."""
+    rows = []
+    for run in (r for r in records if not r["diverged"]):
+        last, loss = run["history"][-1], _curve(run, "test_loss")
+        gap = last["train_accuracy"] - last["test_accuracy"]
+        rows.append((run["config"]["dropout_p"], last["train_accuracy"], gap, loss[-1] / loss.min()))
+    groups = pd.DataFrame(rows, columns=["dropout_p", "train", "gap", "loss"]).groupby("dropout_p")
+    low, high = groups.min(), groups.max()
+    parts = []
+    for p in low.index:
+        which = f"with dropout {p:g}" if p else "without dropout"
+        start = "it is" if parts else f"In the last epoch, train accuracy {which} is"
+        parts.append(
+            f"{f'{which} ' if parts else ''}{start} {low.train[p]:.1%} to {high.train[p]:.1%}, "
+            f"{100 * low.gap[p]:.1f} to {100 * high.gap[p]:.1f} points above{'' if parts else ' test accuracy'}, and "
+            f"test loss {low.loss[p]:.1f} to {high.loss[p]:.1f} times as high{'' if parts else ' as at its lowest'}"
+        )
+    return f"{'; '.join(parts)}."
 
 
 def answers(records: Sequence[Record]) -> dict[str, str]:
@@ -358,8 +379,9 @@ def answer1(records: Sequence[Record]) -> str:
     theirs = f"{THEIR_ACCURACY:.2%}"
     if claim.reached_best:
         reached = (
-            f"{theirs} is reached by {_of(claim.reached_best, len(records))} parameter sets in their best epoch and by "
-            f"{_count(claim.reached_last)} in the last."
+            f"Of the {_count(len(records))} parameter sets, {_sets(claim.reached_best, records)} "
+            f"{_verb(len(claim.reached_best), 'reaches', 'reach')} {theirs} in the best epoch and "
+            f"{_sets(claim.reached_last, records)} in the last."
         )
         verdict = "Yes" if claim.is_named else "In part"
     else:
@@ -380,6 +402,21 @@ def answer1(records: Sequence[Record]) -> str:
         f"the best of the runs rather than an average one {_points(claim.by_set)}; both picks are made on the "
         "test set, so both flatter the result.",
     )
+
+
+def _sets(some: Sequence[Record], records: Sequence[Record]) -> str:
+    """Some of the parameter sets, by what they and no others have in common, else one by one."""
+    if not some or len(some) == len(records):
+        return "all" if some else "none"
+    common = {
+        k: v for k, v in zip(_SETTINGS, _settings(some[0]), strict=True) if all(r["config"][k] == v for r in some)
+    }
+    alike = [r for r in records if all(r["config"][k] == v for k, v in common.items())]
+    if common and len(alike) == len(some):
+        which = f"{_verb(len(some), 'that', 'those')} with {_list([f'{_NAMES[k]} {v:g}' for k, v in common.items()])}"
+    else:
+        which = "; ".join(_short_label(r["config"]) for r in some)
+    return f"{_count(len(some))} ({which})"
 
 
 def _named_run(records: Sequence[Record]) -> str:
@@ -592,11 +629,12 @@ def _macros(records: Sequence[Record]) -> str:
         "bestEpoch": f"{top['epoch']}",
         "bestLast": f"{last['test_accuracy']:.2%}",
         "bestSet": _label(_settings(claim.winner)),
-        "reachedBest": _count(claim.reached_best),
-        "reachedLast": _count(claim.reached_last),
+        "reachedBest": _sets(claim.reached_best, records),
+        "reachedLast": _sets(claim.reached_last, records),
         "pixelMean": f"{PIXEL_MEAN:.3f}",
         "pixelDeviation": f"{PIXEL_STD:.3f}",
         "gridTime": _training_time(records),
+        "overfitting": overfitting(records),
         "divergedNote": f"Diverged, so without a curve or cut short: {'; '.join(diverged)}." if diverged else "",
     }
     number = {"C1": "One", "C2": "Two", "C3": "Three", "C4": "Four", "C5": "Five"}

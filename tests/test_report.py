@@ -90,12 +90,15 @@ def test_summary_keeps_best_and_last_epoch_apart():
 def test_claim1_reached_by_the_named_set():
     claim = report.claim1(eight(best=0.8917, others=0.88))
     assert claim.is_named
-    assert (claim.reached_best, claim.reached_last) == (1, 0)
+    assert ([r["config"] for r in claim.reached_best], claim.reached_last) == ([claim.winner["config"]], [])
     assert claim.by_epoch == pytest.approx((0.8917 - 0.88) / 8)
     assert claim.by_set == pytest.approx(0)
     answer = report.answer1(eight(best=0.8917))
     assert answer.startswith("Yes.")
-    assert "one of the eight parameter sets in their best epoch and by none in the last" in answer
+    assert (
+        "one (that with learning rate 0.01, dropout 0.1 and batch size 256) reaches 89.17% in the best epoch" in answer
+    )
+    assert "and none in the last" in answer
 
 
 def test_claim1_other_verdicts():
@@ -109,6 +112,21 @@ def test_claim1_other_verdicts():
     assert "89.17% lies below it" in answer
     diverge(next(r for r in records if r["config"]["dropout_p"] and r["config"]["batch_size"] == 256))
     assert "The set that it names diverged here." in report.answer1(records)
+
+
+def test_sets_are_named_by_what_they_have_in_common():
+    records = [record(c, [0.9] * 60) for c in grid()]
+
+    def sets(condition):
+        return report._sets([r for r in records if condition(r["config"])], records)
+
+    assert sets(lambda c: c["dropout_p"] == 0.1) == "four (those with dropout 0.1)"
+    assert sets(lambda c: c["lr"] == 0.01 and c["batch_size"] == 256) == (
+        "two (those with learning rate 0.01 and batch size 256)"
+    )
+    odd = sets(lambda c: c["lr"] == 0.01 and (c["dropout_p"] or c["batch_size"] == 512))
+    assert odd.startswith("three (lr 0.01, dropout 0, batch 512; lr 0.01, dropout 0.1, batch 256; ")
+    assert (sets(lambda c: True), sets(lambda c: False)) == ("all", "none")
 
 
 def test_claim2_separates_settings():
@@ -175,6 +193,18 @@ def test_claim3_both_verdicts():
         levels = [0.88] * 45 + [0.8815] * 15
         curve = [level + swing * (-1) ** epoch / 2 for epoch, level in enumerate(levels)]
         assert report.answer3([record(c, curve) for c in grid()]).startswith(verdict)
+
+
+def test_overfitting_is_told_by_dropout():
+    records = []
+    for c in grid():
+        loss = [0.5] * 30 + [0.4] + [0.4 * (2 if c.dropout_p == 0 else 1.25)] * 29
+        records.append(record(c, [0.89] * 60, [0.98 if c.dropout_p == 0 else 0.95] * 60, loss))
+    assert report.overfitting(records) == (
+        "In the last epoch, train accuracy without dropout is 98.0% to 98.0%, 9.0 to 9.0 points above test accuracy, "
+        "and test loss 2.0 to 2.0 times as high as at its lowest; with dropout 0.1 it is 95.0% to 95.0%, 6.0 to 6.0 "
+        "points above, and test loss 1.2 to 1.2 times as high."
+    )
 
 
 @pytest.mark.parametrize("num_epochs", [1, 2, 59, 61])
