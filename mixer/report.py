@@ -455,7 +455,7 @@ def answer2(records: Sequence[Record]) -> str:
 def _effects_in_words(effects: pd.DataFrame) -> str:
     parts = [
         f"{_NAMES[row.setting]} {row.better:g} lies {_points(row.mean)} above {row.worse:g} "
-        f"({100 * row.low:.2f} to {100 * row.high:.2f}, n = {row.pairs})"
+        f"({_minus(f'{100 * row.low:.2f}')} to {100 * row.high:.2f}, n = {row.pairs})"
         for row in effects.itertuples()
     ]
     return f"Between runs that differ in one setting alone, {_list(parts)}." if parts else ""
@@ -482,7 +482,7 @@ def answer3(records: Sequence[Record]) -> str:
             f"The epoch from which train accuracy stays more than a point above test accuracy is {_epochs(parted)}"
             + (f"; {_of(never, len(table))} runs do not get there." if never else ".")
         )
-    span = f"{100 * table['rise'].min():+.2f} to {100 * table['rise'].max():+.2f} points"
+    span = _minus(f"{100 * table['rise'].min():+.2f} to {100 * table['rise'].max():+.2f} points")
     return _sentences(
         _open_or(records, verdict),
         ""
@@ -535,6 +535,10 @@ def _list(parts: Sequence[str]) -> str:
 
 def _points(difference: float) -> str:
     return f"{100 * difference:.2f} points"
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")
 
 
 def _label(settings: tuple[float, float, int]) -> str:
