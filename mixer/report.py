@@ -243,6 +243,26 @@ def same_answer(folder: Path = SAME_ANSWER) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+REPEATED = RESULTS / "repeated"  # runs of the grid once more, on another generation of processor
+
+
+def about_repeats(records: Iterable[Record]) -> str:
+    """Whether runs that were trained again came out the same, in plain text; empty where none was."""
+
+    def course(record: Record) -> list[dict[str, float]]:
+        return [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in record["history"]]
+
+    first = {Config(**record["config"]): record for record in records}
+    again = [record for record in read_records(REPEATED) if Config(**record["config"]) in first]
+    same = [record for record in again if course(record) == course(first[Config(**record["config"])])]
+    if not again:
+        return ""
+    return (
+        f"{_count(len(again)).capitalize()} of the runs were trained once more, by the same code on another generation "
+        f"of processor; losses and accuracies of {_of(len(same), len(again))} are the same in every epoch, bit for bit."
+    )
+
+
 # The benchmark
 
 BENCH = RESULTS / "bench"
@@ -517,7 +537,9 @@ def _epochs(column: pd.Series) -> str:
 
 
 def _of(count: int, all_: int) -> str:
-    return f"all {_count(all_)}" if count == all_ else f"{_count(count)} of the {_count(all_)}"
+    if count == all_:
+        return "both" if all_ == 2 else f"all {_count(all_)}"
+    return f"{_count(count)} of the {_count(all_)}"
 
 
 def _count(number: int) -> str:
@@ -639,6 +661,7 @@ def _macros(records: Sequence[Record]) -> str:
         "pixelDeviation": f"{PIXEL_STD:.3f}",
         "gridTime": _training_time(records),
         "overfitting": overfitting(records),
+        "repeats": about_repeats(records),
         "divergedNote": f"Diverged, so without a curve or cut short: {'; '.join(diverged)}." if diverged else "",
     }
     number = {"C1": "One", "C2": "Two", "C3": "Three", "C4": "Four", "C5": "Five"}
@@ -818,8 +841,9 @@ def readme_results(records: Sequence[Record]) -> str:
     about = (
         f"One run each, seed 0, {epochs} epochs ({where} on {device}, "
         f"{_training_time(records)} in all). The coursework reports {THEIR_ACCURACY:.2%} for "
-        f"{_label(_settings({'config': vars(THEIR_CONFIG)}))} after {THEIR_CONFIG.num_epochs} epochs."
-    )
+        f"{_label(_settings({'config': vars(THEIR_CONFIG)}))} after {THEIR_CONFIG.num_epochs} epochs. "
+        f"{about_repeats(records)}"
+    ).strip()
     if preliminary(records):
         about = f"**Preliminary: a training of another length than the coursework's, which decides nothing.** {about}"
     return "\n".join([*lines, "", about, ""])

@@ -339,3 +339,17 @@ def test_the_latest_measurement_is_shown_and_other_machines_are_named(tmp_path, 
     assert f"| timm, eager float32 | {first['dropout_p']:g} | {median} | 1.0 |" in report.readme_bench()
     before, after = report.about_bench().split("On another machine")
     assert "cpu: new" in before and "cpu: old" in after
+
+
+def test_repeats_are_compared_epoch_by_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "REPEATED", tmp_path)
+    assert report.about_repeats(eight()) == ""
+    again = eight()[:2]
+    for epoch in again[0]["history"]:
+        epoch["seconds"] = 99.0
+    put(again, tmp_path)
+    text = report.about_repeats(eight())
+    assert text.startswith("Two of the runs were trained once more") and "accuracies of both are the same" in text
+    again[1]["history"][59]["test_loss"] += 1e-9
+    put(again, tmp_path)
+    assert "accuracies of one of the two are the same" in report.about_repeats(eight())
