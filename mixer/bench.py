@@ -37,7 +37,7 @@ FOLDER = RESULTS / "bench"
 TRAIN_IMAGES = 60_000
 BATCHES, DROPOUTS = (256, 512), (0.0, 0.1)
 ROUNDS = {256: 10, 512: 5}
-# The order of the issue and of the figure; the first is what the others are compared with.
+# In the order of the figure; the first is what the others are compared with.
 LABELS = {
     "timm": "timm, eager float32",
     "float32": "this model, eager float32",

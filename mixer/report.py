@@ -161,7 +161,6 @@ def claim2(records: Sequence[Record]) -> Claim2:
     count = curves.shape[1]
     quarter = max(1, count // 4)
     levels = curves[:, -quarter:].mean(axis=1)
-    steps = np.diff(curves[:, -max(2, count // 2) :])
     low, high = interval(float(levels.mean()))
     table = pd.DataFrame([_settings(r) for r in finished], columns=_SETTINGS).assign(level=levels)
     return Claim2(
@@ -169,7 +168,7 @@ def claim2(records: Sequence[Record]) -> Claim2:
         spread=float(np.ptp(levels)),
         deviation=float(levels.std(ddof=1)) if len(levels) > 1 else 0.0,
         interval=high - low,
-        wobble=float(np.sqrt((steps**2).mean())) if steps.size else 0.0,
+        wobble=_wobble(curves[:, -max(2, count // 2) :]),
         effects=_effects(table),
         diverged=len(records) - len(finished),
     )
@@ -205,7 +204,6 @@ def claim3(records: Iterable[Record]) -> pd.DataFrame:
         test, train = _curve(record, "test_accuracy"), _curve(record, "train_accuracy")
         quarter = max(1, len(test) // 4)
         before = test[-2 * quarter : -quarter]
-        wobble = math.sqrt((np.diff(test[-2 * quarter :]) ** 2).mean()) if before.size else math.nan
         together = np.flatnonzero(train - test <= PARTED + ROUNDING)
         parted = int(together[-1]) + 2 if together.size else 1
         rows.append(
@@ -214,13 +212,20 @@ def claim3(records: Iterable[Record]) -> pd.DataFrame:
                 int(np.argmax(test >= test.max() - CLOSE - ROUNDING)) + 1,
                 best_epoch(record)["epoch"],
                 float(test[-quarter:].mean() - before.mean()) if before.size else math.nan,
-                wobble / math.sqrt(quarter),  # a step is two epochs' noise, the rise two means' of a quarter's epochs
+                _wobble(test[-2 * quarter :])
+                / math.sqrt(quarter),  # a step is two epochs' noise, the rise two means' of a quarter's epochs
                 parted if parted <= len(test) else None,
                 int(np.argmin(_curve(record, "test_loss"))) + 1,
             )
         )
     columns = [*_SETTINGS, "close_epoch", "best_epoch", "rise", "rise_error", "parted_epoch", "lowest_loss_epoch"]
     return pd.DataFrame(rows, columns=columns).astype({"parted_epoch": "Int64"})
+
+
+def _wobble(curves: np.ndarray) -> float:
+    """Root mean square change from one epoch to the next."""
+    steps = np.diff(curves)
+    return float(np.sqrt((steps**2).mean())) if steps.size else 0.0
 
 
 def _curve(record: Record, name: str) -> np.ndarray:
@@ -247,19 +252,25 @@ REPEATED = RESULTS / "repeated"  # runs of the grid once more, on another genera
 
 
 def about_repeats(records: Iterable[Record]) -> str:
-    """Whether runs that were trained again came out the same, in plain text; empty where none was."""
+    """Whether runs that the same code trained again came out the same, in plain text; empty where none was."""
 
     def course(record: Record) -> list[dict[str, float]]:
         return [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in record["history"]]
 
     first = {Config(**record["config"]): record for record in records}
-    again = [record for record in read_records(REPEATED) if Config(**record["config"]) in first]
-    same = [record for record in again if course(record) == course(first[Config(**record["config"])])]
+    pairs = [(first.get(Config(**record["config"])), record) for record in read_records(REPEATED)]
+    made = ("commit", "path", "precision")
+    again = [
+        (one, other)
+        for one, other in pairs
+        if one and all(one["environment"][k] == other["environment"][k] for k in made)
+    ]
+    same = [pair for pair in again if course(pair[0]) == course(pair[1])]
     if not again:
         return ""
     return (
         f"{_count(len(again)).capitalize()} of the runs were trained once more, by the same code on another generation "
-        f"of processor; losses and accuracies of {_of(len(same), len(again))} are the same in every epoch, bit for bit."
+        f"of processor; losses and accuracies of {_of(len(same), len(again))} are the same, bit for bit."
     )
 
 
@@ -269,8 +280,18 @@ BENCH = RESULTS / "bench"
 
 
 def measurements() -> list[dict]:
-    """What mixer.bench measured, a file a machine, the latest first."""
-    return sorted((json.loads(path.read_text()) for path in BENCH.glob("*.json")), key=lambda m: m["time"])[::-1]
+    """What mixer.bench measured, a file a machine, the latest first; only those with timm beside the fast path.
+
+    Raises RecordError when a file is damaged or something else.
+    """
+    found = []
+    for path in BENCH.glob("*.json"):
+        try:
+            measured = json.loads(path.read_text())
+            found.append((measured["time"], {"timm", "fast"} <= measured["grid_hours"].keys(), measured))
+        except (ValueError, KeyError, TypeError):
+            raise RecordError(f"{path} is not a measurement by `make bench`: take it away or measure again.") from None
+    return [measured for _, complete, measured in sorted(found, key=lambda f: f[0], reverse=True) if complete]
 
 
 def bench(measured: dict) -> pd.DataFrame:
@@ -278,8 +299,9 @@ def bench(measured: dict) -> pd.DataFrame:
     steps = pd.DataFrame(measured["steps"])
     values = ["median", "times_as_fast", "share_of_peak"]
     table = steps.pivot(index=["variant", "dropout_p"], columns="batch_size", values=values)
+    memory = measured["memory_mib"]  # nothing on a system that does not tell
     table["mib", ""] = [
-        measured["memory_mib"][f"dropout{dropout_p:g}_batch{BATCHES[0]}"][variant] for variant, dropout_p in table.index
+        memory.get(f"dropout{dropout_p:g}_batch{BATCHES[0]}", {}).get(variant) for variant, dropout_p in table.index
     ]
     return table.reindex([row for row in itertools.product(LABELS, DROPOUTS) if row in table.index])
 
@@ -328,7 +350,8 @@ def _bench_rows() -> list[list[str]]:
         by_batch = [
             text for size in BATCHES for text in (f"{row['median', size]:.0f}", f"{row['times_as_fast', size]:.1f}")
         ]
-        rows.append([LABELS[variant], f"{dropout_p:g}", *by_batch, f"{row['mib', '']:.0f}"])
+        mib = "" if pd.isna(row["mib", ""]) else f"{row['mib', '']:.0f}"
+        rows.append([LABELS[variant], f"{dropout_p:g}", *by_batch, mib])
     return rows
 
 
@@ -367,12 +390,16 @@ def overfitting(records: Sequence[Record]) -> str:
     parts = []
     for p in low.index:
         which = f"with dropout {p:g}" if p else "without dropout"
-        start = "it is" if parts else f"In the last epoch, train accuracy {which} is"
-        parts.append(
-            f"{f'{which} ' if parts else ''}{start} {low.train[p]:.1%} to {high.train[p]:.1%}, "
-            f"{100 * low.gap[p]:.1f} to {100 * high.gap[p]:.1f} points above{'' if parts else ' test accuracy'}, and "
-            f"test loss {low.loss[p]:.1f} to {high.loss[p]:.1f} times as high{'' if parts else ' as at its lowest'}"
-        )
+        train = f"{low.train[p]:.1%} to {high.train[p]:.1%}"
+        gap = f"{100 * low.gap[p]:.1f} to {100 * high.gap[p]:.1f} points"
+        loss = f"{low.loss[p]:.1f} to {high.loss[p]:.1f} times"
+        if parts:
+            parts.append(f"{which} it is {train}, {gap} above, and test loss {loss} as high")
+        else:
+            parts.append(
+                f"In the last epoch, train accuracy {which} is {train}, {gap} above test accuracy, and test loss "
+                f"{loss} as high as at its lowest"
+            )
     return f"{'; '.join(parts)}."
 
 
@@ -712,8 +739,12 @@ def _results(records: Sequence[Record]) -> str:
                 f"${100 * run['gap']:.2f}$",
             ]
         rows.append(row)
+    low, high = interval(THEIR_ACCURACY)
+    theirs = [f"{value:g}" for value in _settings({"config": vars(THEIR_CONFIG)})]
+    theirs += [f"{100 * THEIR_ACCURACY:.2f}", f"[{100 * low:.2f}, {100 * high:.2f}]"]
+    rows.append([*theirs, r"\multicolumn{4}{l}{\emph{the coursework}}"])
     heads = ("lr", "dropout", "batch", "best", "95\\% interval", "epoch", "last", "train, last", "gap")
-    return _table("rrrrcrrrr", heads, rows)
+    return _table("rrrrcrrrr", heads, rows, rule_before_last=True)
 
 
 def _convergence(records: Sequence[Record]) -> str:
@@ -836,6 +867,11 @@ def readme_results(records: Sequence[Record]) -> str:
                 f"{run.last_train_accuracy:.2%}",
             ]
         lines.append(f"| {' | '.join(cells)} |")
+    low, high = interval(THEIR_ACCURACY)
+    theirs = " | ".join(f"{value:g}" for value in _settings({"config": vars(THEIR_CONFIG)}))
+    lines.append(
+        f"| {theirs} | {THEIR_ACCURACY:.2%} (the coursework) | {low:.2%} to {high:.2%} | not stated | not stated |"
+    )
     where = " ".join(_from_records(records, name) for name in ("path", "precision"))
     epochs, device = records[0]["config"]["num_epochs"], _from_records(records, "device")
     about = (

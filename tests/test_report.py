@@ -339,6 +339,14 @@ def test_the_latest_measurement_is_shown_and_other_machines_are_named(tmp_path, 
     assert f"| timm, eager float32 | {first['dropout_p']:g} | {median} | 1.0 |" in report.readme_bench()
     before, after = report.about_bench().split("On another machine")
     assert "cpu: new" in before and "cpu: old" in after
+    partial = measured | {"time": "2032", "grid_hours": {"fast": 1.0}}  # --variants fast
+    (tmp_path / "2032.json").write_text(json.dumps(partial))
+    assert [m["time"] for m in report.measurements()] == ["2031", "2030"]
+    (tmp_path / "2031.json").write_text(json.dumps(measured | {"time": "2031", "memory_mib": {}}))  # macOS
+    assert report.readme_bench().splitlines()[2].endswith("|  |")
+    (tmp_path / "2030.json").write_text("{}")
+    with pytest.raises(RecordError, match="is not a measurement by `make bench`: take it away"):
+        report.measurements()
 
 
 def test_repeats_are_compared_epoch_by_epoch(tmp_path, monkeypatch):
@@ -353,3 +361,6 @@ def test_repeats_are_compared_epoch_by_epoch(tmp_path, monkeypatch):
     again[1]["history"][59]["test_loss"] += 1e-9
     put(again, tmp_path)
     assert "accuracies of one of the two are the same" in report.about_repeats(eight())
+    again[0]["environment"]["commit"] = again[1]["environment"]["path"] = "another"
+    put(again, tmp_path)
+    assert report.about_repeats(eight()) == ""
