@@ -107,7 +107,7 @@ def _built(folder: Path, name: str, compiler: list[str]) -> ctypes.CDLL:
         made = Path(work, "made.so")
         _compile(compiler, made)
         # In a process of its own, since a library that is wrong can take its process with it.
-        failure = _run([sys.executable, "-I", "-S", "-c", TRIAL, str(made), *FUNCTIONS], made.parent)
+        failure = _run([sys.executable or "python3", "-P", "-S", "-c", TRIAL, str(made), *FUNCTIONS], made.parent)
         if failure is not None:
             raise OSError(f"what {shlex.join(compiler)} made of {SOURCE.name} cannot be loaded ({failure[-1]})")
         target = folder / f"{name}-{_sha256(made)}.so"
@@ -137,24 +137,20 @@ def _run(command: list[str], folder: Path) -> list[str] | None:
     Raises OSError when it cannot be started, and SubprocessError when it takes longer than TIMEOUT.
     """
     environment = {**os.environ, "TMPDIR": str(folder), "LC_ALL": "C"}
-    output = folder / "output"  # not a pipe, which a server that the compiler starts would hold open
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True
-        )
-    try:
-        status = process.wait(TIMEOUT)
-    except BaseException as error:  # Ctrl-C too
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
-        process.wait()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise subprocess.SubprocessError(f"{shlex.join(command[:1])} was not done after {TIMEOUT} s") from None
-        raise
-    if status == 0:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, **pipes, env=environment, start_new_session=True) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except BaseException as error:  # Ctrl-C too
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise subprocess.SubprocessError(f"{shlex.join(command[:1])} was not done after {TIMEOUT} s") from None
+            raise
+    if process.returncode == 0:
         return None
-    lines = [line.strip() for line in output.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return [line for line in lines if line] or [f"exit status {status}"]
+    lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
+    return [line for line in lines if line] or [f"exit status {process.returncode}"]
 
 
 def _compiler() -> list[str]:
