@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ def few(data: Data) -> Data:
 
 
 def first_images(data: Data, train: int = 300, test: int = 100) -> Data:
-    return Data(data.train_images[:train], data.train_labels[:train], data.test_images[:test], data.test_labels[:test])
+    return replace(data.first(train), test_images=data.test_images[:test], test_labels=data.test_labels[:test])
 
 
 @pytest.fixture(autouse=True)
