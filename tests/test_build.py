@@ -124,22 +124,36 @@ def test_two_processes_that_start_together_build_once(together):
     assert len(compiled) == len(files) == 1
 
 
-@needs_library
-def test_threads_that_ask_together_build_once(fresh, copying):
-    barrier, got = threading.Barrier(8), []
+def ask_together(count=8):
+    barrier, got = threading.Barrier(count), []
 
     def ask():
         barrier.wait()
         got.append(build.library())
 
-    threads = [threading.Thread(target=ask) for _ in range(8)]
+    threads = [threading.Thread(target=ask) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(got) == 8 and len({id(library) for library in got}) == 1
-    assert got[0] is not None
+    assert len(got) == count
+    return {id(library): library for library in got}.values()
+
+
+@needs_library
+def test_threads_that_ask_together_build_once(fresh, copying):
+    (library,) = ask_together()
+    assert library is not None
     assert len(calls(copying)) == 1
+
+
+@needs_library
+def test_threads_that_ask_together_in_vain_say_so_once(fresh, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "false")
+    assert list(ask_together()) == [None]
+    assert len(caplog.records) == 1
+    assert build.library() is None
+    assert len(caplog.records) == 1
 
 
 def cut(path, size):
@@ -190,13 +204,16 @@ def test_it_is_on_the_disk_before_it_has_its_name(fresh, monkeypatch):
 
 @needs_library
 def test_a_library_that_is_whole_but_does_not_load_here_is_rebuilt_once(fresh, copying):
-    name = build._name(build._compiler())
-    foreign = fresh / "mixer" / f"{name}-{hashlib.sha256(b'foreign').hexdigest()}.so"
+    name = f"mixer/{build._name(build._compiler())}"
+    foreign, damaged = (
+        fresh / f"{name}-{hashlib.sha256(content).hexdigest()}.so" for content in (b"foreign", b"whole")
+    )
     foreign.parent.mkdir(parents=True)
-    foreign.write_bytes(b"foreign")
+    foreign.write_bytes(b"foreign")  # it may serve another machine that shares the cache
+    damaged.write_bytes(b"damaged")
     for _ in range(2):
         path, _ = end(start(fresh, CXX=copying))
-        assert path.parent == foreign.parent and path != foreign
+        assert kept(fresh) == sorted([foreign, path])
         assert len(calls(copying)) == 1
 
 
@@ -285,14 +302,15 @@ def test_a_compiler_that_hangs_is_given_up_with_all_that_it_started(fresh, tmp_p
 @needs_library
 def test_ctrl_c_ends_the_compiler_and_leaves_nothing(tmp_path):
     compiler = script(tmp_path / "compiler", BEATING)
-    process = start(tmp_path, CXX=compiler)
+    (tmp_path / "temporary").mkdir()
+    process = start(tmp_path, CXX=compiler, TMPDIR=str(tmp_path / "temporary"))
     wait_for(Path(f"{compiler}.begun"))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
     assert errors.splitlines()[-1] == b"KeyboardInterrupt"
     assert_silent(compiler)
-    assert kept(tmp_path) == []
+    assert kept(tmp_path) == list((tmp_path / "temporary").iterdir()) == []
 
 
 @needs_library
@@ -481,7 +499,9 @@ def test_a_lock_that_is_never_released_is_not_waited_for(fresh, tmp_path, monkey
         [sys.executable, "-c", holder, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdout.readline() == b"held\n"
+        before = time.monotonic()
         assert Path(build.library()._name).is_relative_to(tmp_path / "temporary")
+        assert time.monotonic() - before < 10
         process.communicate(b"\n")
 
 
