@@ -194,8 +194,8 @@ def _idx_file(tensor: Tensor) -> bytes:
 def _read(folder: Path) -> Iterator[Tensor]:
     """The four tensors in Data's order. Raises DataError."""
     for name, dimensions in zip(SHA256, (3, 1, 3, 1), strict=True):
-        packed = folder / f"{name}.gz"
-        path = packed if packed.exists() and not (folder / name).exists() else folder / name
+        plain, packed = folder / name, folder / f"{name}.gz"
+        path = packed if os.path.lexists(packed) and not os.path.lexists(plain) else plain
         content = _content(path)
         try:
             content = gzip.decompress(content) if path == packed else content
@@ -334,7 +334,7 @@ def _download(url: str, name: str) -> bytes:
         raise _NotThere(f"the server answered {error.code}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         cause = error.reason if isinstance(getattr(error, "reason", None), OSError) else error
-        words = str(cause) if isinstance(cause, OSError) else f"a broken reply ({type(cause).__name__})"
+        words = str(cause) if isinstance(cause, OSError) else f"a broken address or reply ({type(cause).__name__})"
         raise _NotThere(getattr(cause, "strerror", None) or words) from None
     return content
 
