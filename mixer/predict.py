@@ -1,0 +1,117 @@
+"""What a trained model makes of a picture of one's own.
+
+from mixer import classify
+classify("shoe.jpg")            class -> probability, the likeliest first
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from mixer.data import CLASSES, normalise
+from mixer.grid import RESULTS
+from mixer.model import MlpMixer
+
+WEIGHTS = RESULTS / "best.safetensors"
+
+
+def classify(picture: Path | str | Image.Image | np.ndarray, weights: Path | str = WEIGHTS) -> pd.Series:
+    """Class -> probability, the likeliest first.
+
+    picture: a file, a PIL image or an array (H, W) or (H, W, colours); of any size, see :func:`prepare`.
+    weights: a safetensors file of an ``MlpMixer`` of any sizes.
+
+    Raises ValueError, which says in one sentence what is wrong with either.
+    """
+    model = load_model(weights)
+    side = math.isqrt(model.num_patches)
+    image = prepare(picture, (side * model.patch_size[0], side * model.patch_size[1]))
+    with torch.inference_mode():
+        probabilities = model(normalise(torch.from_numpy(image)[None])).softmax(dim=1)[0].numpy()
+    names = CLASSES if model.num_classes == len(CLASSES) else range(model.num_classes)
+    return pd.Series(probabilities, index=names, name="probability").sort_values(ascending=False, kind="stable")
+
+
+def prepare(picture: Path | str | Image.Image | np.ndarray, size: tuple[int, int] = (28, 28)) -> np.ndarray:
+    """A picture as the data set has them: grey, bright on dark, centred in a square, (H, W) uint8 of ``size``.
+
+    What is transparent becomes white. A picture whose border is bright, by its median, is taken to be dark on light
+    and inverted. A picture that is as the data set's already comes out as it went in. Raises ValueError.
+    """
+    grey = _grey(_array(picture) if isinstance(picture, np.ndarray) else _open(picture))
+    border = np.median(np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]]))
+    if border > 127:
+        grey, border = 255 - grey, 255 - border
+    height, width = grey.shape
+    square = Image.new("L", (max(height, width),) * 2, int(border))
+    square.paste(Image.fromarray(grey), ((square.width - width) // 2, (square.height - height) // 2))
+    return np.array(square.resize(size[::-1], Image.Resampling.LANCZOS))
+
+
+def load_model(weights: Path | str = WEIGHTS) -> MlpMixer:
+    """The trained model, ready to predict, with the sizes that the file's tensors have. Raises ValueError."""
+    try:
+        state = load_file(weights)
+        channels, _, *patch_size = state["stem.weight"].shape
+        hidden, patches = state["blocks.0.patches_in.weight"].shape
+        model = MlpMixer(
+            num_classes=len(state["head.bias"]),
+            num_blocks=len([name for name in state if name.endswith("patches_in.weight")]),
+            patch_size=tuple(patch_size),
+            num_patches=patches,
+            num_channels=channels,
+            patches_mlp_dim=hidden,
+            channels_mlp_dim=len(state["blocks.0.channels_in.weight"]),
+        )
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise ValueError(f"There are no weights in {weights}: train a run, or give another file.") from None
+    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError):
+        raise ValueError(f"{weights} does not hold the weights of an MlpMixer: give another file.") from None
+    return model.eval()
+
+
+def _open(picture: Path | str | Image.Image) -> Image.Image:
+    try:
+        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        return ImageOps.exif_transpose(image)  # as it was held, which also reads all of it
+    except FileNotFoundError:
+        raise ValueError(f"There is no picture {picture}.") from None
+    except (OSError, SyntaxError, ValueError, AttributeError, TypeError, Image.DecompressionBombError):
+        raise ValueError(f"{picture} is not a picture that can be read: give a PNG or JPEG file.") from None
+
+
+def _array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not shape_fits or array.size == 0 or array.dtype.kind not in "buif" or not np.isfinite(array).all():
+        raise ValueError(
+            f"An array of {array.dtype} and shape {array.shape} is not a picture: give finite numbers in the shape "
+            "(height, width) or (height, width, 3)."
+        )
+    return Image.fromarray(_bytes(array))
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    if min(image.size) == 0:
+        raise ValueError("The picture is empty.")
+    if image.mode[0] in "IF":  # more than eight bits, which convert() would cut off
+        return _bytes(np.array(image))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.array(image.convert("L"))
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    """Any numbers as bytes: whole ones up to 255 as they are, others from 0 (or the least) to the largest."""
+    if values.dtype.kind != "f" and values.min() >= 0 and values.max() <= 255 and values.dtype != bool:
+        return values.astype(np.uint8)
+    low, high = min(0.0, float(values.min())), float(values.max())
+    return np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8)

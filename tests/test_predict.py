@@ -1,0 +1,114 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mixer.data import CLASSES
+from mixer.model import MlpMixer
+from mixer.predict import WEIGHTS, classify, load_model, prepare
+
+
+@pytest.fixture
+def boot(data) -> np.ndarray:
+    return data.test_images[0].numpy()
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    return np.kron(image, np.ones((10, 10), np.uint8))
+
+
+def test_a_picture_of_the_data_set_is_left_as_it_is(data):
+    for image in data.test_images[:200].numpy():
+        assert np.array_equal(prepare(image), image)
+
+
+def test_the_shipped_weights_know_their_own_test_images(data):
+    images, labels = data.test_images[:40].numpy(), data.test_labels[:40]
+    right = [classify(image).index[0] == CLASSES[label] for image, label in zip(images, labels, strict=True)]
+    assert sum(right) >= 34
+
+
+def test_probabilities_of_all_classes_the_likeliest_first(boot):
+    answer = classify(boot)
+    assert isinstance(answer, pd.Series) and set(answer.index) == set(CLASSES)
+    assert answer.sum() == pytest.approx(1, abs=1e-5)
+    assert answer.is_monotonic_decreasing and answer.index[0] == "Ankle boot"
+
+
+def pictures(boot: np.ndarray, folder) -> dict:
+    """The same boot as people have it, each dark on light or otherwise unlike the data set."""
+    light = enlarged(255 - boot)
+    colours = np.stack([light, light // 2 + 127, light], axis=2)
+    cut_out = np.dstack(
+        [np.zeros((280, 280, 3), np.uint8), enlarged(boot)]
+    )  # black where the boot is, else transparent
+    Image.fromarray(light).save(folder / "boot.png")
+    Image.fromarray(colours).save(folder / "boot.jpg")
+    return {
+        "a path": folder / "boot.png",
+        "a name": str(folder / "boot.jpg"),
+        "colours": colours,
+        "fractions": light / 255,
+        "sixteen bits": Image.fromarray(light.astype(np.uint16) * 257),
+        "transparent": Image.fromarray(cut_out, "RGBA"),
+        "palette": Image.fromarray(light).convert("P"),
+        "wide": light[60:230],
+        "whole numbers": light.astype(np.int64)[:, :, None],
+    }
+
+
+def test_any_form_of_picture_is_told_for_what_it_is(boot, tmp_path):
+    for form, picture in pictures(boot, tmp_path).items():
+        assert classify(picture).index[0] == "Ankle boot", form
+
+
+def test_what_is_beside_an_oblong_picture_is_like_its_border():
+    picture = np.full((10, 40), 230, np.uint8)
+    picture[4:6, 10:30] = 20
+    image = prepare(picture)
+    assert image[0, 0] == image[-1, -1] == image[13, 0] == 25
+    assert image.max() > 180
+
+
+@pytest.mark.parametrize(
+    ("picture", "sentence"),
+    [
+        ("nowhere.png", "There is no picture nowhere.png"),
+        (__file__, "is not a picture that can be read"),
+        (7, "7 is not a picture"),
+        (np.zeros((2, 2, 2, 2)), r"shape \(2, 2, 2, 2\) is not a picture"),
+        (np.zeros((0, 3)), "is not a picture"),
+        (np.full((4, 4), np.nan), "is not a picture"),
+        (np.array([["a"]]), "is not a picture"),
+    ],
+)
+def test_what_is_no_picture_ends_in_one_sentence(picture, sentence):
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        classify(picture)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_of_other_sizes_is_read_by_its_file(tmp_path):
+    model = MlpMixer(num_classes=3, num_blocks=2, patch_size=(8, 8), num_patches=16, num_channels=5, patches_mlp_dim=7)
+    torch.nn.init.normal_(model.head.weight)
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    loaded = load_model(tmp_path / "own.safetensors")
+    images = torch.randn(2, 1, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images)) and not loaded.training
+    assert sorted(classify(np.eye(50), tmp_path / "own.safetensors").index) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("content", [None, b"", WEIGHTS.read_bytes()[:3000], {"other": torch.ones(2)}])
+def test_what_are_no_weights_ends_in_one_sentence(content, tmp_path):
+    path = tmp_path / "w.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        save_file(content, path)
+    with pytest.raises(
+        ValueError, match=r"There are no weights in|does not hold the weights of an MlpMixer"
+    ) as refusal:
+        load_model(path)
+    assert "\n" not in str(refusal.value)
