@@ -1,4 +1,5 @@
-// The halves of the mixer's blocks, X + drop(W2 drop(gelu(W1 LayerNorm(X) + b1)) + b2), forward and backward.
+// The halves of the mixer's blocks, X + drop(W2 drop(gelu(W1 LayerNorm(X) + b1)) + b2), forward and backward,
+// with or without the X +.
 //
 // The rows (an image's channels in token mixing, a batch's patches in channel mixing) are cut into tiles of R rows,
 // the hidden layer into blocks of BLOCK units, and a block of a tile's hidden layer never leaves the core's
@@ -66,13 +67,13 @@ inline float sum(Vec v) {
 
 // ---------------------------------------------------------------- dropout
 
-// fused.py's dropout_scale: a word of two random 16-bit numbers from the sum of a row's and a column's hash.
+// dropout.py's dropout_scale: a word of two random 16-bit numbers from the sum of a row's and a column's hash.
 struct Dropout {
     Word threshold, low, high;  // of 65536; the key
     float scale;                // of what is kept
 
-    Dropout(int threshold, int64_t seed, int stream) : threshold(threshold), scale(65536.f / (65536 - threshold)) {
-        uint64_t key = uint64_t(seed) + stream * 0x9E3779B97F4A7C15u;
+    Dropout(int threshold, int64_t seed) : threshold(threshold), scale(65536.f / (65536 - threshold)) {
+        uint64_t key = uint64_t(seed);
         for (int round = 0; round < 2; round++) key = (key ^ key >> 32) * 0xD6E8FEB86659FD93u;
         low = Word(key), high = Word(key >> 32);
     }
@@ -434,9 +435,9 @@ struct Norm {
 struct Call {
     const float *x, *gamma, *beta, *w1, *b1, *w2, *b2, *grad;
     float *out, *d_gamma, *d_beta, *d_w1, *d_b1, *d_w2, *d_b2;  // out, which is d_x backward, may be x or grad
-    const int64_t* seed;
+    const int64_t* seeds;  // of the hidden layer's dropout and of the outputs'
     int64_t batch, patches, hidden;
-    int32_t over_patches, threshold, threads;
+    int32_t over_patches, threshold, skip, threads;
 };
 
 // Memory for good: pieces of large blocks in huge pages, which spare the processor its look-ups of many small ones.
@@ -526,8 +527,8 @@ class Mixing {
           group(tokens ? call.patches : R),
           tiles(tokens ? (call.batch + groups - 1) / groups : (positions + R - 1) / R),
           parts(std::min(tiles, SLICES)),
-          drop_hidden(call.threshold, *call.seed, 0),
-          drop_out(call.threshold, *call.seed, 1) {
+          drop_hidden(call.threshold, call.seeds[0]),
+          drop_out(call.threshold, call.seeds[1]) {
         for (int i = 0; i < C / 2; i++) drop_columns[i] = drop_out.column(i);
     }
 
@@ -621,12 +622,12 @@ class Mixing {
         std::memset(to.v + count, 0, (C - count) * sizeof to.v[0]);
     }
 
-    // to = from + y
-    static void add(float* to, const float* from, const Square& y, int64_t position, int count) {
+    // to = from + y, or without the skip connection y
+    void put(float* to, const float* from, const Square& y, int64_t position, int count) const {
         for (int j = 0; j < count; j++)
             for (int c = 0; c < C; c += V) {
                 const int64_t at = (position + j) * C + c;
-                store(to + at, load(from + at) + load(&y.v[j][c]));
+                store(to + at, call.skip ? load(from + at) + load(&y.v[j][c]) : load(&y.v[j][c]));
             }
     }
     static void add_rows(const Square& from, float* to) {
@@ -763,7 +764,7 @@ class Mixing {
                 for (int c = 0; c < C; c += V)
                     store(&y.v[j][c], load(&y.v[j][c]) + (tokens ? broadcast(call.b2[i + j]) : load(call.b2 + c)));
             drop_outputs(y, position);
-            add(call.out, call.x, y, position, count);
+            put(call.out, call.x, y, position, count);
         });
     }
 
@@ -850,7 +851,7 @@ class Mixing {
                 }
             }
             d.transpose();
-            add(call.out, call.grad, d, position, count);
+            put(call.out, call.grad, d, position, count);
         });
     }
 
@@ -918,13 +919,13 @@ extern "C" void mixing_gelu(const float* z, float* value, float* derivative, int
 }
 
 // What fused.py passes: the mixings of all blocks, one after the other, along the patches and along the channels in
-// turns. Each has six parameters, in the order of Call, a hidden width and a seed.
+// turns. Each has six parameters, in the order of Call, a hidden width and two seeds.
 struct Chain {
     const float* x;
     const float* const* parameters;
     const int64_t *hidden, *seeds;
     int64_t mixings, batch, patches;
-    int32_t threshold, threads, bfloat16;
+    int32_t threshold, skip, threads, bfloat16;
 
     int64_t size() const { return batch * patches * C; }
     void run(int i, const float* from, const float* grad, float* to, float* const* gradients) const {
@@ -932,7 +933,7 @@ struct Chain {
         float* d[6] = {};
         if (grad) std::copy_n(gradients + 6 * i, 6, d);
         const Call call = {from, w[0], w[1], w[2], w[3], w[4], w[5], grad, to, d[0], d[1], d[2], d[3], d[4], d[5],
-                           seeds + i, batch, patches, hidden[i], i % 2 == 0, threshold, threads};
+                           seeds + 2 * i, batch, patches, hidden[i], i % 2 == 0, threshold, skip, threads};
 #if defined(__AVX512BF16__)
         if (bfloat16) return Mixing<Bfloat16>(call, grad != nullptr).run();
 #endif

@@ -1,80 +1,96 @@
-"""The mixer's blocks as one operator on the CPU, and what dropout draws its masks from.
+"""The mixer's blocks as one operator on the CPU.
 
 ``MixerBlock`` in model.py is the formula in plain PyTorch, for every device and precision. On the CPU an operator of
 our own does the same for all blocks in one call, forward and backward, without ever writing the wide hidden layers
-to memory (``fused.cpp``). It is compiled on first use, which takes some seconds, and kept in the user's cache. Where
-it cannot be, the plain formula stands in and one log line says why. ``MIXER_FUSED=0`` in the environment asks for
-the plain formula.
+to memory (``fused.cpp``). It is compiled on first use (``build.py``), which takes some seconds. Where it cannot be,
+the plain formula stands in and one log line says why. ``MIXER_FUSED=0`` in the environment asks for the plain formula.
 """
 
 import contextlib
 import ctypes
 import functools
-import hashlib
-import logging
-import math
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
-import filelock
+import threadpoolctl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+from mixer import build
+from mixer.dropout import Dropout, threshold
 
 CHANNELS = 16  # what the operator is written for
-log = logging.getLogger("mixer")
+EPS = 1e-6  # of its LayerNorms
+_WANTED = os.environ.get("MIXER_FUSED", "1") != "0"
 
 
-def mixing(blocks: nn.ModuleList, x: Tensor, seeds: Tensor, p: float) -> Tensor:
-    """The ``MixerBlock``s, one after the other: (B, S, C) -> (B, S, C).
+def mixing(blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    """The blocks, one after the other: (B, S, C) -> (B, S, C).
 
-    ``p`` is the probability of dropping an element, 0 outside training; ``seeds``, int64 (blocks, 2), decide which:
-    the same seeds give the same masks on every device, by the operator and by the plain formula.
-
+    By the operator where every block is exactly what the operator computes, else by each block's own ``forward``.
     One call for all blocks, because what PyTorch does around a call takes a third of a millisecond while the
     processor's caches are full of images: with a call for each MLP that was a tenth of a training step.
     """
-    parameters = list(blocks.parameters())
-    if _operator_serves(x, parameters):
-        bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        return fused(x, parameters, seeds, p, bfloat16)
-    for block, block_seeds in zip(blocks, seeds, strict=True):
-        x = block(x, block_seeds, p)
+    bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    parameters = _what_the_operator_serves(blocks, x)
+    if parameters and _available(bfloat16):
+        dropout, count = blocks[0].dropout, len(blocks)
+        p = dropout.p if dropout.active else 0.0
+        seeds = dropout.seeds(count, 4) if p else torch.zeros(count, 4, dtype=torch.int64)
+        return fused(x, parameters, seeds, p, bfloat16, blocks[0].skip_connections)
+    for block in blocks:
+        x = block(x)
     return x
 
 
-def fused(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool) -> Tensor:
-    """The blocks by the operator, ``torch.ops.mixer.mixing``: float32 tensors on the CPU, 16 channels.
+def fused(
+    x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip_connections: bool = True
+) -> Tensor:
+    """The blocks by the operator, ``torch.ops.mixer.mixing``: (B, S, 16) -> (B, S, 16), float32 on the CPU.
 
-    ``parameters``: twelve a block, in the order in which ``MixerBlock`` has them.
+    ``parameters``: twelve a block, in the order in which ``MixerBlock`` has them. ``p``: the probability with which
+    dropout drops an element, 0 outside training; ``seeds``, int64 (blocks, 4), decide which: the same seeds give the
+    same masks as in ``MixerBlock``.
 
     ``bfloat16`` multiplies in bfloat16 and adds in float32, where the CPU can; GELU is then within 1e-4, the gradients
     of each of a block's MLPs within 1 % (relative error of the norm). Otherwise within 1e-6, and gradients 1e-5.
     Output and gradients are the same bit for bit on any number of threads.
+
+    Raises ValueError for tensors that do not fit together, RuntimeError where the operator cannot be had.
     """
-    return torch.ops.mixer.mixing(x, parameters, seeds, p, bfloat16, torch.is_grad_enabled())[0]
+    keep = torch.is_grad_enabled()
+    return torch.ops.mixer.mixing(x, parameters, seeds, p, bfloat16, skip_connections, keep)[0]
 
 
-def path(device: torch.device | str, precision: str) -> str:
-    """What ``mixing`` runs on a device in "float32" or "bfloat16": "fused" or "plain"."""
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision is float32 or bfloat16, not {precision!r}")
-    return "fused" if torch.device(device).type == "cpu" and _wanted and _available() else "plain"
+def path(blocks: nn.ModuleList, device: torch.device, precision: str) -> str:
+    """What ``mixing`` runs for these blocks on a device, in "float32" or "bfloat16": "fused" or "plain"."""
+    if device.type != "cpu" or not _available(precision == "bfloat16"):
+        return "plain"
+    patches = blocks[0].patches_in.in_features
+    return "fused" if _what_the_operator_serves(blocks, torch.zeros(1, patches, CHANNELS)) else "plain"
 
 
-@contextlib.contextmanager
-def plain_only() -> Iterator[None]:
-    """Within it, ``mixing`` is the plain formula."""
-    global _wanted
-    before, _wanted = _wanted, False
-    try:
-        yield
-    finally:
-        _wanted = before
+def multiplies_in_bfloat16() -> bool:
+    """Whether this machine's processor does, and the compiler has built the operator for it (or there is none)."""
+    if _library() is None or not _WANTED:
+        return torch.cpu._is_avx512_bf16_supported()
+    return bool(_library().mixing_has_bfloat16())
+
+
+# ---------------------------------------------------------------- threads
+
+
+_threads: ContextVar[int | None] = ContextVar("mixer's threads", default=None)
+
+
+def threads() -> int:
+    """On how many threads the operator runs."""
+    return _threads.get() or torch.get_num_threads()
 
 
 @contextlib.contextmanager
@@ -83,92 +99,133 @@ def threads_for_the_operator() -> Iterator[None]:
 
     What is left to them is little, and some of it (the stem's and LayerNorm's gradients) would come out differently
     on another number of threads. GNU OpenMP's threads, besides, spin while they wait, which makes a step several
-    times slower as soon as another process wants the core. Does nothing where the plain formula runs.
+    times slower as soon as another process wants the core. Only the calling thread is concerned:
+    ``torch.set_num_threads`` would reach all those that are started meanwhile. Does nothing without the operator.
     """
-    global _threads
-    threads = torch.get_num_threads()
-    if _threads is not None or path("cpu", "float32") == "plain":
+    if not _available(False):
         yield
         return
-    _threads = threads
-    torch.set_num_threads(1)
+    before = _threads.set(threads())  # asking PyTorch also makes it set up this thread, which would undo the limit
+    openmp, set_mkl = _thread_pools()
+    mkl = set_mkl(1)
     try:
-        yield
+        with openmp.limit(limits=1, user_api="openmp"):
+            yield
     finally:
-        _threads = None
-        torch.set_num_threads(threads)
+        set_mkl(mkl)
+        _threads.reset(before)
 
 
-_wanted = os.environ.get("MIXER_FUSED", "1") != "0"
-_threads: int | None = None
+@functools.cache
+def _thread_pools() -> tuple[threadpoolctl.ThreadpoolController, Callable[[int], int]]:
+    """What sets the calling thread's number of threads in OpenMP, and in MKL where PyTorch is built with it."""
+    set_mkl = None
+    with contextlib.suppress(OSError, AttributeError):
+        set_mkl = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).MKL_Set_Num_Threads_Local
+    return threadpoolctl.ThreadpoolController(), set_mkl or (lambda _: 0)
 
 
-def _operator_serves(x: Tensor, parameters: list[Tensor]) -> bool:
-    return (
-        _wanted
-        and x.device.type == "cpu"
-        and len(parameters) > 0
+# ---------------------------------------------------------------- what the operator serves
+
+
+def operator_computes(block: type[nn.Module]) -> type[nn.Module]:
+    """Decorates the class of blocks that the operator computes: exactly this class with exactly this ``forward``."""
+    _FORWARD[block] = block.forward
+    return block
+
+
+_FORWARD = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, Dropout)}
+_GELU = F.gelu
+
+
+def _what_the_operator_serves(blocks: nn.ModuleList, x: Tensor) -> list[Tensor] | None:
+    """The blocks' parameters, where the operator gives what the blocks' own ``forward`` would; else None.
+
+    Asked at every call, since a model can be changed at any time; it takes a tenth of a millisecond.
+    """
+    if not (
+        _WANTED
+        and type(x) is Tensor
         and x.ndim == 3
-        and x.shape[2] == CHANNELS
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *parameters))
-        and _available()
+        and _is_plain(x)
+        and len(blocks) > 0
+        and F.gelu is _GELU
+        and not _has_any_global_hook()
+        and not _is_transformed()
+    ):
+        return None
+    first, parameters = blocks[0], []
+    for block in blocks:
+        of_block = _parameters_of_a_block_as_written(block, x.shape[1])
+        if not of_block or block.skip_connections is not first.skip_connections:
+            return None
+        if not _drop_alike(block.dropout, first.dropout):
+            return None
+        parameters += of_block
+    # One parameter in two places is another model than the operator's, whatever else is as it was.
+    return parameters if len(set(parameters)) == len(parameters) else None
+
+
+def _parameters_of_a_block_as_written(block: nn.Module, patches: int) -> list[Tensor] | None:
+    """None unless block and layers are exactly of the classes, sizes and settings that the operator knows."""
+    if type(block) not in _FORWARD or not _is_untouched(block) or type(block.skip_connections) is not bool:
+        return None
+    parameters = []
+    for features, norm, into, out in (
+        (patches, block.patches_norm, block.patches_in, block.patches_out),
+        (CHANNELS, block.channels_norm, block.channels_in, block.channels_out),
+    ):
+        if not (type(norm) is nn.LayerNorm and type(into) is nn.Linear and type(out) is nn.Linear):
+            return None
+        if not (_is_untouched(norm) and _is_untouched(into) and _is_untouched(out)):
+            return None
+        if norm.normalized_shape != (CHANNELS,) or norm.eps != EPS:
+            return None
+        of_mlp = [norm.weight, norm.bias, into.weight, into.bias, out.weight, out.bias]
+        if not all(type(tensor) in (nn.Parameter, Tensor) and _is_plain(tensor) for tensor in of_mlp):
+            return None
+        hidden = out.weight.shape[-1:].numel()
+        shapes = ((CHANNELS,), (CHANNELS,), (hidden, features), (hidden,), (features, hidden), (features,))
+        if hidden == 0 or any(tensor.shape != shape for tensor, shape in zip(of_mlp, shapes, strict=True)):
+            return None
+        parameters += of_mlp
+    return parameters
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether nothing stands in for the ``forward`` of its class, and no hook hangs on it (pruning, say, is a hook)."""
+    own = module.__dict__
+    return (
+        type(module).forward is _FORWARD[type(module)]
+        and "forward" not in own
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
+        and not own["_backward_pre_hooks"]
     )
 
 
+def _drop_alike(one: nn.Module, other: nn.Module) -> bool:
+    if type(one) is not Dropout or type(other) is not Dropout or not _is_untouched(one):
+        return False
+    if not (one.active or other.active):
+        return True
+    return one.active == other.active and one.p == other.p and one.p < 1 and one.generator is other.generator
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.layout is torch.strided
+
+
+def _is_transformed() -> bool:
+    """Whether ``torch.func`` or forward-mode differentiation is at work, which the operator has no rules for."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 @torch.compiler.assume_constant_result
-def _available() -> bool:
-    return library() is not None
-
-
-# ---------------------------------------------------------------- dropout
-
-
-def dropout(y: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
-    """``y`` with elements dropped with probability ``p``, by ``seed`` and ``stream``, and the others scaled up."""
-    return y * dropout_scale(y.shape, p, seed, stream).to(y.dtype) if p > 0 else y
-
-
-def dropout_scale(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tensor:
-    """What dropout multiplies with: 0 with probability p, else 1 / (1 - p), float32 of the given shape.
-
-    A counter-based generator: two elements share a 32-bit word, which mixes the sum of a hash of the row and a hash
-    of the column. So the same mask comes out on every device, in every process, on any number of threads, and
-    nothing has to be stored for the backward pass. ``p`` is rounded to a multiple of 1/65536.
-    """
-    key = seed + stream * _signed(0x9E3779B97F4A7C15)
-    for _ in range(2):
-        key = (key ^ _shr(key, 32, 64)) * _signed(0xD6E8FEB86659FD93)
-    rows, pairs = math.prod(shape[:-1]), (shape[-1] + 1) // 2
-    index = torch.arange(max(rows, pairs), dtype=torch.int32, device=seed.device)
-    row, column = _hash(index[:rows], key), _hash(index[:pairs] - (1 << 31), key)
-    word = _mix(row[:, None] + column)
-    halves = torch.stack([word & 0xFFFF, _shr(word, 16)], dim=-1).view(rows, 2 * pairs)[:, : shape[-1]]
-    threshold = _threshold(p)
-    return (halves >= threshold).to(torch.float32).mul_(65536 / (65536 - threshold)).view(shape)
-
-
-def _hash(index: Tensor, key: Tensor) -> Tensor:
-    word = index ^ key.to(torch.int32)
-    return _mix((word ^ _shr(word, 16)) * 0x7FEB352D ^ (key >> 32).to(torch.int32))
-
-
-def _mix(word: Tensor) -> Tensor:
-    word = (word ^ _shr(word, 15)) * _signed(0x846CA68B, 32)
-    return word ^ _shr(word, 16)
-
-
-def _threshold(p: float) -> int:
-    return min(round(p * 65536), 65535)
-
-
-def _shr(word: Tensor, bits: int, width: int = 32) -> Tensor:
-    """A logical shift right of words that PyTorch keeps as signed."""
-    return (word >> bits) & ((1 << (width - bits)) - 1)
-
-
-def _signed(factor: int, width: int = 64) -> int:
-    """The signed number of the same bits, with which PyTorch's product has the same low bits."""
-    return factor - (1 << width) if factor >> (width - 1) else factor
+def _available(bfloat16: bool) -> bool:
+    """Whether there is an operator, and one that really multiplies in bfloat16 where that is asked for."""
+    return _WANTED and _library() is not None and (not bfloat16 or bool(_library().mixing_has_bfloat16()))
 
 
 # ---------------------------------------------------------------- the operator
@@ -183,10 +240,10 @@ class _Chain(ctypes.Structure):
         ("hidden", ctypes.POINTER(ctypes.c_int64)),
         ("seeds", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("mixings", "batch", "patches")),
-        *((name, ctypes.c_int32) for name in ("threshold", "threads", "bfloat16")),
+        *((name, ctypes.c_int32) for name in ("threshold", "skip", "threads", "bfloat16")),
     )
 
-    def __init__(self, x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool):
+    def __init__(self, x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip: bool):
         hidden = [w1.shape[0] for w1 in parameters[2::6]]
         super().__init__(
             x.data_ptr(),
@@ -195,8 +252,9 @@ class _Chain(ctypes.Structure):
             seeds.data_ptr(),
             len(hidden),
             *x.shape[:2],
-            _threshold(p),
-            _threads or torch.get_num_threads(),
+            threshold(p),
+            skip,
+            threads(),
             bfloat16,
         )
 
@@ -209,35 +267,84 @@ def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
+def _check(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool) -> None:
+    """Raises ValueError unless everything is what the library takes it to be."""
+
+    def check(tensor: Tensor, name: str, *shape: int) -> None:
+        if not _is_plain(tensor):
+            raise ValueError(f"{name} has to be float32 on the CPU, not {tensor.dtype} on {tensor.device}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has to be {shape}, not {tuple(tensor.shape)}")
+
+    if x.ndim != 3:
+        raise ValueError(f"x has to be (batch, patches, {CHANNELS}), not {tuple(x.shape)}")
+    check(x, "x", *x.shape[:2], CHANNELS)
+    if not parameters or len(parameters) % 12:
+        raise ValueError(f"there have to be twelve parameters a block, not {len(parameters)} in all")
+    for i in range(0, len(parameters), 6):
+        features, names = (CHANNELS, "channel") if i % 12 else (x.shape[1], "token")
+        block = f"of block {i // 12}'s {names} mixing"
+        gamma, beta, w1, b1, w2, b2 = parameters[i : i + 6]
+        if w1.ndim != 2 or w1.shape[0] == 0 or features == 0:
+            raise ValueError(f"W1 {block} has to be (hidden units, {features}), not {tuple(w1.shape)}")
+        hidden = w1.shape[0]
+        check(gamma, f"LayerNorm's weight {block}", CHANNELS)
+        check(beta, f"LayerNorm's bias {block}", CHANNELS)
+        check(w1, f"W1 {block}", hidden, features)
+        check(b1, f"b1 {block}", hidden)
+        check(w2, f"W2 {block}", features, hidden)
+        check(b2, f"b2 {block}", features)
+    if seeds.dtype != torch.int64 or seeds.device.type != "cpu" or seeds.shape != (len(parameters) // 12, 4):
+        raise ValueError(f"seeds have to be int64 (blocks, 4) on the CPU, not {seeds.dtype} {tuple(seeds.shape)}")
+    if not 0 <= p < 1:
+        raise ValueError(f"p is a probability below 1, not {p}")
+    if _library() is None:
+        raise RuntimeError("the operator could not be built here: use MixerBlock, the plain formula")
+    if bfloat16 and not _library().mixing_has_bfloat16():
+        raise ValueError("the operator was built without bfloat16, which this compiler or processor lacks")
+
+
 @torch.library.custom_op("mixer::mixing", mutates_args=(), device_types="cpu")
 def _mixing(
-    x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, keep: bool
+    x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip: bool, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """The output, and the outputs of all MLPs but the last, if they are to be kept for the backward pass."""
+    _check(x, parameters, seeds, p, bfloat16)
     x, seeds, *parameters = _contiguous([x, seeds, *parameters])
     output, stream = torch.empty_like(x), x.new_empty(_stream_shape(x, parameters, keep))
     if x.numel():
-        chain = _Chain(x, parameters, seeds, p, bfloat16)
-        library().mixing_forward(chain, stream.data_ptr() if keep else None, output.data_ptr())
+        chain = _Chain(x, parameters, seeds, p, bfloat16, skip)
+        _library().mixing_forward(chain, stream.data_ptr() if keep else None, output.data_ptr())
     return output, stream
 
 
 @torch.library.custom_op("mixer::mixing_backward", mutates_args=(), device_types="cpu")
 def _mixing_backward(
-    grad: Tensor, x: Tensor, stream: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool
+    grad: Tensor,
+    x: Tensor,
+    stream: Tensor,
+    parameters: list[Tensor],
+    seeds: Tensor,
+    p: float,
+    bfloat16: bool,
+    skip: bool,
 ) -> list[Tensor]:
     """The gradients of x and of the parameters."""
-    grad, x, seeds, *parameters = _contiguous([grad, x, seeds, *parameters])
+    _check(x, parameters, seeds, p, bfloat16)
+    for name, tensor, shape in (("grad", grad, x.shape), ("stream", stream, _stream_shape(x, parameters, True))):
+        if not _is_plain(tensor) or tensor.shape != shape:
+            raise ValueError(f"{name} has to be float32 {tuple(shape)} on the CPU, not {tuple(tensor.shape)}")
+    grad, x, stream, seeds, *parameters = _contiguous([grad, x, stream, seeds, *parameters])
     if not x.numel():
         return [torch.zeros_like(t) for t in (x, *parameters)]
     gradients = [torch.empty_like(t) for t in (x, *parameters)]
-    chain = _Chain(x, parameters, seeds, p, bfloat16)
-    library().mixing_backward(chain, stream.data_ptr(), grad.data_ptr(), _pointers(gradients))
+    chain = _Chain(x, parameters, seeds, p, bfloat16, skip)
+    _library().mixing_backward(chain, stream.data_ptr(), grad.data_ptr(), _pointers(gradients))
     return gradients
 
 
 @_mixing.register_fake
-def _(x, parameters, seeds, p, bfloat16, keep):
+def _(x, parameters, seeds, p, bfloat16, skip, keep):
     return x.new_empty(x.shape), x.new_empty(_stream_shape(x, parameters, keep))
 
 
@@ -251,38 +358,35 @@ def _stream_shape(x: Tensor, parameters: list[Tensor], keep: bool) -> tuple[int,
 
 
 def _save(ctx, inputs, output) -> None:
-    x, parameters, seeds, ctx.p, ctx.bfloat16, keep = inputs
-    assert keep, "without the outputs that it was told not to keep, there is no backward pass"
+    x, parameters, seeds, ctx.p, ctx.bfloat16, ctx.skip, keep = inputs
+    if not keep:
+        raise ValueError("mixing has to be told to keep what its backward pass needs")
     ctx.save_for_backward(x, output[1], seeds, *parameters)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, _):
+    if grad is None:
+        return None, [None] * len(ctx.saved_tensors[3:]), None, None, None, None, None
     x, stream, seeds, *parameters = ctx.saved_tensors
-    d_x, *gradients = torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, ctx.p, ctx.bfloat16)
-    return d_x, gradients, None, None, None, None
+    d_x, *gradients = torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, ctx.p, ctx.bfloat16, ctx.skip)
+    return d_x, gradients, None, None, None, None, None
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError("the operator has no second derivatives: set MIXER_FUSED=0 for the plain formula, which has")
 
 
 _mixing.register_autograd(_differentiate, setup_context=_save)
-
-
-# ---------------------------------------------------------------- building
-
-
-SOURCE = Path(__file__).with_name("fused.cpp")
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
-NATIVE = ("-march=native", "-mcpu=native")  # whichever the compiler knows
+_mixing_backward.register_autograd(_refuse)
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled operator, built if need be; None, and a log line with the reason, when it cannot be had."""
-    try:
-        library = ctypes.CDLL(str(_built()))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = str(error).strip().rstrip(".")
-        log.warning("The mixer's MLP runs as the plain formula, which is several times slower: %s.", reason)
+def _library() -> ctypes.CDLL | None:
+    """The compiled operator with its functions' types; None where it cannot be had."""
+    library = build.library()
+    if library is None:
         return None
     pointer, chain = ctypes.c_void_p, ctypes.POINTER(_Chain)
     library.mixing_forward.argtypes = [chain, pointer, pointer]
@@ -291,56 +395,3 @@ def library() -> ctypes.CDLL | None:
     for function in (library.mixing_forward, library.mixing_backward, library.mixing_gelu):
         function.restype = None
     return library
-
-
-def _built() -> Path:
-    """The library's file, named after all that decides what it is, so that it never goes stale."""
-    compiler = _compiler()
-    content = "\n".join([SOURCE.read_text(), compiler, *FLAGS, *NATIVE, _cpu()])
-    name = f"fused-{hashlib.sha256(content.encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixer"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if (cache / name).exists():
-            return cache / name
-        # Released by the system when its process dies, so a killed build holds nobody up.
-        with filelock.FileLock(cache / f"{name}.lock"):
-            if not (cache / name).exists():
-                _compile(compiler, cache / name)
-            return cache / name
-    except OSError:  # no home, read-only, full: build for this process alone
-        return _compile(compiler, Path(_temporary().name) / name)
-
-
-@functools.cache
-def _temporary() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="mixer-")
-
-
-def _compile(compiler: str, target: Path) -> Path:
-    incoming = target.with_suffix(".incoming")
-    for native in NATIVE:
-        command = [compiler, *FLAGS, native, str(SOURCE), "-o", str(incoming)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode == 0:
-            incoming.replace(target)  # there is a whole library or none
-            return target
-    first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip())
-    raise subprocess.SubprocessError(f"{compiler} cannot compile {SOURCE.name} ({first})")
-
-
-def _compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    raise FileNotFoundError(f"there is no C++ compiler ({', '.join(names)})")
-
-
-def _cpu() -> str:
-    """What the compiler's "native" depends on."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return f"{platform.machine()} {platform.processor()}"

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import multiprocessing
 import os
@@ -27,19 +26,16 @@ import torch
 
 from mixer import data as fashion_mnist
 from mixer.data import DataError
-from mixer.train import RECORD_FORMAT, Config, Record, best_epoch, find_device, train, write_whole
+from mixer.records import Record, RecordError, best_epoch, read_record, write_record, write_whole
+from mixer.runs import train
+from mixer.train import Config, find_device
 
 RESULTS = Path(__file__).parent.parent / "results"
 LRS, DROPOUTS, BATCH_SIZES = (0.01, 0.001), (0.0, 0.1), (256, 512)
 
 _HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
-_ENVIRONMENT = ("torch", "device", "threads", "precision", "path", "commit", "data_sha256")
 
 log = logging.getLogger("mixer")
-
-
-class RecordError(ValueError):
-    """A file in the results folder is not a record; the message says which and what to do."""
 
 
 class GridError(RuntimeError):
@@ -76,28 +72,6 @@ def record_path(config: Config, results: Path = RESULTS) -> Path:
 def weights_path(config: Config, results: Path = RESULTS) -> Path:
     """The weights of a run's best epoch: made by the run, too many to keep in the repository."""
     return Path(results) / "weights" / f"{config.name}.safetensors"
-
-
-def read_record(path: Path) -> Record:
-    """One record. Raises RecordError when the file is damaged or something else, FileNotFoundError."""
-    try:
-        record = json.loads(path.read_text())
-        config = Config(**record["config"])
-        if record["format"] != RECORD_FORMAT:
-            raise ValueError(f"its format is {record['format']}, not {RECORD_FORMAT}")
-        if path.name != record_path(config).name:
-            raise ValueError(f"by its config it should be called {record_path(config).name}")
-        if record["diverged"] is None and len(record["history"]) != config.num_epochs:
-            raise ValueError(f"it has {len(record['history'])} of {config.num_epochs} epochs")
-        for part, names in [(record["environment"], _ENVIRONMENT), *((e, _HISTORY) for e in record["history"])]:
-            for name in names:
-                part[name]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise RecordError(
-            f"{path} is not a record of a finished run ({reason}): take it away or fetch it again with git."
-        ) from None
-    return record
 
 
 def read_records(results: Path = RESULTS) -> list[Record]:
@@ -222,7 +196,7 @@ def run_one(
                     progress=progress,
                     position=_worker_position,
                 )
-                write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+                write_record(record, path)
                 for leftover in checkpoint.parent.glob(f"{checkpoint.name}*"):
                     leftover.unlink()
             return read_record(path)

@@ -1,0 +1,267 @@
+"""A run that lasts: from its config to its record, whatever befalls it on the way.
+
+After every epoch it leaves a *checkpoint*, from which it goes on when it was cut off; the record that it ends with is
+the one of a run that was not.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mixer import data as fashion_mnist
+from mixer import fused
+from mixer.data import Data
+from mixer.model import MlpMixer
+from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, write_whole
+from mixer.train import Config, Diverged, Training, find_device, find_precision
+
+CHECKPOINT_FORMAT = 2
+
+log = getLogger("mixer")
+
+
+def train(
+    config: Config,
+    *,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
+    data: Data | None = None,
+    checkpoint: Path | str | None = None,
+    weights: Path | str | None = None,
+    on_epoch: Callable[[dict[str, float], MlpMixer], None] | None = None,
+    progress: bool = True,
+    position: int | None = None,
+    return_model: bool = False,
+) -> Record | tuple[Record, MlpMixer]:
+    """Train one run and return its record; with ``return_model``, the record and the model as it ended.
+
+    device: CUDA when not given, else Apple's MPS, else the CPU.
+    precision: "bfloat16" (autocast) or "float32"; when not given, bfloat16 where the hardware computes in it.
+    data: Fashion-MNIST when not given; of any, the first ``config.limit`` training images.
+    checkpoint: a file that is written after every epoch, and from which a run that was cut off goes on.
+    weights: a safetensors file for the weights of the epoch with the best test accuracy.
+    on_epoch: called after every epoch with its row of the history, and the model, in evaluation mode.
+    progress, position: a progress bar, and its line where several runs share a terminal.
+
+    A loss that is not finite ends the run: ``diverged`` in the record then says at which step of which epoch, and
+    the history holds the epochs before. Ctrl-C raises Interrupted, which has the history. Before anything is trained,
+    DataError, ValueError or OSError say what is wrong with the arguments.
+    """
+    if _forked:  # GNU OpenMP's threads do not survive a fork, and waiting for them would last for ever
+        torch.set_num_threads(1)
+    device = find_device(device)
+    precision = find_precision(device, precision)
+    files = {Path(path): path for path in (checkpoint, weights) if path is not None}
+    for file in files:
+        check_writable(file)
+    data = fashion_mnist.load(device) if data is None else data.to(device)
+    if config.limit is not None:
+        data = data.first(config.limit)
+    with fused.threads_for_the_operator():
+        run = _Run(Training(config, device, precision, data))
+        if checkpoint is not None:
+            run.resume(Path(checkpoint))
+        try:
+            with _Bar(run, progress, position) as bar:
+                while not run.finished:
+                    run.train_epoch(bar)
+                    if checkpoint is not None:
+                        run.save(Path(checkpoint))
+                    if on_epoch is not None and run.diverged is None:
+                        on_epoch(dict(run.history[-1]), run.training.model.eval())
+        except KeyboardInterrupt:
+            raise Interrupted(run.history, config.num_epochs) from None
+        record = {
+            "format": RECORD_FORMAT,
+            "config": dataclasses.asdict(config),
+            "history": run.history,
+            "diverged": run.diverged,
+            "environment": run.environment,
+        }
+    if weights is not None and run.best_weights is not None:
+        write_whole(Path(weights), _safetensors(run.best_weights, config, best_epoch(record)["epoch"]))
+    return (record, run.training.model.eval()) if return_model else record
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a notebook's stop button, while a run was trained. ``history``: its finished epochs."""
+
+    def __init__(self, history: list[dict[str, float]], num_epochs: int):
+        super().__init__(
+            f"Interrupted after {len(history)} of {num_epochs} epochs; `import sys; sys.last_value.history` has them."
+        )
+        self.history = history
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: no traceback, since nothing went wrong."""
+        return [str(self)]
+
+
+class _Run:
+    """A training with all that outlives a kill: history, best weights, checkpoint."""
+
+    def __init__(self, training: Training):
+        self.training = training
+        self.environment = _environment(training)
+        self._start()
+
+    def _start(self) -> None:
+        self.history: list[dict[str, float]] = []
+        self.diverged: dict[str, int] | None = None
+        self.best_weights: dict[str, Tensor] | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.diverged is not None or len(self.history) == self.training.config.num_epochs
+
+    def train_epoch(self, bar: "_Bar") -> None:
+        start = time.perf_counter()
+        try:
+            epoch = self.training.train_epoch(bar.step)
+        except Diverged as reason:
+            self.diverged = {"epoch": reason.epoch, "step": reason.step}
+            return
+        if epoch["test_accuracy"] > max((e["test_accuracy"] for e in self.history), default=-1.0):
+            state = self.training.model.state_dict()
+            self.best_weights = {name: weight.to("cpu", copy=True) for name, weight in state.items()}
+        self.history.append(epoch | {"seconds": round(time.perf_counter() - start, 3)})
+        bar.epoch_done(epoch)
+
+    @property
+    def _key(self) -> str:
+        """What has to be equal for a checkpoint to go on as if never interrupted: all that decides a single bit."""
+        environment = self.environment
+        decisive = ["torch", "precision", "path", "code_sha256", "data_sha256", "pixel_mean", "pixel_std"]
+        if environment["path"] == "plain":
+            decisive += ["device", "threads"]
+        key = {name: environment[name] for name in decisive}
+        key |= {"kind": self.training.device.type, "capability": torch.backends.cpu.get_cpu_capability()}
+        return json.dumps([CHECKPOINT_FORMAT, dataclasses.asdict(self.training.config), key])
+
+    def save(self, checkpoint: Path) -> None:
+        state = {
+            "key": self._key,
+            "model": self.training.model.state_dict(),
+            "optimiser": self.training.optimiser.state_dict(),
+            "history": self.history,
+            "diverged": self.diverged,
+            "best_weights": self.best_weights,
+        }
+        content = io.BytesIO()
+        torch.save(state, content)
+        content.write(hashlib.sha256(content.getbuffer()).digest())
+        if checkpoint.exists():
+            checkpoint.replace(_before(checkpoint))
+        write_whole(checkpoint, content.getbuffer())
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from the checkpoint, else from the one before it, else start afresh."""
+        training = self.training
+        for path in (checkpoint, _before(checkpoint)):
+            try:
+                self._restore(path.read_bytes())
+                return
+            except FileNotFoundError:
+                continue
+            # What a damaged or foreign file makes of torch.load is anybody's guess; the run must go on all the same.
+            except Exception as error:
+                reason = str(error).partition("\n")[0].rstrip(".")
+                log.warning("The checkpoint %s cannot be used and is passed over: %s.", path, reason)
+                self.training = Training(training.config, training.device, training.precision, training.data)
+                self._start()
+
+    def _restore(self, content: bytes) -> None:
+        content, digest = content[:-32], content[-32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("it is damaged or not a checkpoint")
+        state = torch.load(io.BytesIO(content), map_location=self.training.device, weights_only=True)
+        if state["key"] != self._key:
+            raise ValueError("it was made by other code, data, config, device or precision")
+        self.training.model.load_state_dict(state["model"])
+        self.training.optimiser.load_state_dict(state["optimiser"])
+        self.history, self.diverged = state["history"], state["diverged"]
+        self.best_weights = state["best_weights"] and {k: w.cpu() for k, w in state["best_weights"].items()}
+        self.training.epoch = len(self.history)
+
+
+def _before(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.before")
+
+
+def _safetensors(weights: dict[str, Tensor], config: Config, epoch: float) -> bytes:
+    # One entry, because several would be written in an order that changes from call to call.
+    origin = json.dumps({"name": config.name, "epoch": int(epoch), "config": dataclasses.asdict(config)})
+    return safetensors.torch.save(weights, {"mixer": origin})
+
+
+def _environment(training: Training) -> dict[str, Any]:
+    return environment(training.device, training.precision) | {
+        "path": fused.path(training.model.blocks, training.device, training.precision),
+        "data": training.data.name,
+        "data_sha256": training.data.sha256,
+        "pixel_mean": training.data.pixel_mean,
+        "pixel_std": training.data.pixel_std,
+    }
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+class _Bar(tqdm):
+    """A progress bar over the steps of a run: per cent, time left, accuracies of the last epoch, loss.
+
+    Numbers come first, since a notebook's output is narrow, and it is text everywhere: a widget's remains are
+    unreadable in a notebook that was saved or exported.
+    """
+
+    monitor_interval = 0  # no thread of tqdm's own
+
+    def __init__(self, run: _Run, shown: bool, position: int | None):
+        config, steps = run.training.config, run.training.steps_per_epoch
+        self.config, self.accuracies, self.last_look = config, "", 0.0
+        super().__init__(
+            total=config.num_epochs * steps,
+            initial=len(run.history) * steps,
+            disable=not shown,
+            position=position,
+            smoothing=0,  # time left by the mean of all steps: testing after an epoch would make it jump
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% {remaining} left |{bar:10}|{desc}",
+        )
+
+    def step(self, loss: Tensor) -> None:
+        # Reading the loss waits for the device, so it is looked at twice a second, not at every step.
+        if not self.disable and time.monotonic() - self.last_look > 0.5:
+            self.last_look = time.monotonic()
+            self._show(1 + self.n * self.config.num_epochs // self.total, float(loss))
+        self.update()
+
+    def epoch_done(self, epoch: dict[str, float]) -> None:
+        self.accuracies = f" train {epoch['train_accuracy']:.2%} test {epoch['test_accuracy']:.2%}"
+        self._show(int(epoch["epoch"]), epoch["train_loss"])
+
+    def _show(self, epoch: int, loss: float) -> None:
+        self.set_description_str(
+            f" epoch {epoch}/{self.config.num_epochs} loss {loss:.4f}{self.accuracies} {self.config.name}"
+        )
