@@ -4,6 +4,8 @@ Every function returns a Matplotlib figure, which a notebook shows as it is, and
 and as PNG for people. The same numbers give the same bytes: no dates, no versions, Matplotlib's own DejaVu fonts.
 """
 
+from collections.abc import Iterator
+from itertools import chain, cycle
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,15 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from statsmodels.stats.proportion import proportion_confint
 
 from mixer.data import CLASSES
 from mixer.model import MlpMixer
-from mixer.report import THEIR_ACCURACY, interval, per_class
 
 FIGURES = Path(__file__).parent.parent / "figures"
 WIDTH = 6.3  # inches: the text width of report.tex, so that a font size here is a font size there
 
-BLUE, ORANGE, GREEN, PURPLE = "#1F4E8C", "#E08A00", "#3F9C7A", "#A0529A"  # also different greys when printed
+BLUE, ORANGE = "#1F4E8C", "#E08A00"  # also different greys when printed
+GREEN, PURPLE, RED, SKY = "#3F9C7A", "#A0529A", "#B3372F", "#6FB1DE"
 INK, MUTED, FAINT = "#222222", "#777777", "#DDDDDD"
 
 _STYLE = {
@@ -52,16 +55,14 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "figure.dpi": 130,
-    "savefig.dpi": 130,
+    "figure.dpi": 120,  # in the notebook
+    "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
-    # Type 3 fonts and no compression leave the bytes to Matplotlib alone, not to the versions of fontTools and zlib.
-    "pdf.fonttype": 3,
-    "pdf.compression": 0,
+    "pdf.fonttype": 42,  # TrueType: publishers refuse Matplotlib's Type 3
+    "pdf.compression": 0,  # leaves the bytes to Matplotlib and fontTools, which are pinned, and not to zlib
 }
 
-
-_PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g}%")
+_PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g} %")
 
 
 def _figure(height: float) -> Figure:
@@ -82,32 +83,47 @@ def save(figure: Figure, name: str, folder: Path = FIGURES) -> None:
 
 # Fig. 1-3: learning curves
 
-# Each hyperparameter has a mark of its own: two curves differ in as many marks as their runs differ in settings.
+# Each setting has a mark of its own: two curves differ in as many marks as their runs differ in settings. The
+# coursework's values come first and keep their marks whatever other values a grid has.
 _MARKS = {
-    "lr": ("learning rate", "color", (BLUE, ORANGE, GREEN, PURPLE)),
-    "dropout_p": ("dropout", "linestyle", ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))),
-    "batch_size": ("batch size", "marker", ("o", "s", "^", "D")),
+    "lr": ("learning rate", "color", (0.001, 0.01), (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)),
+    "dropout_p": (
+        "dropout",
+        "linestyle",
+        (0.0, 0.1),
+        ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (2, 3))),
+    ),
+    "batch_size": ("batch size", "marker", (256, 512), ("o", "s", "^", "D", "v", "P")),
 }
+_MEASURED = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
 
-def encode(histories: pd.DataFrame) -> dict[str, dict[float, object]]:
-    """For lr, dropout_p and batch_size: value -> its colour, line style or marker.
+def encode(histories: pd.DataFrame) -> dict[str, tuple[str, dict[object, object]]]:
+    """Column -> the kind of its mark, and for each of its values the colour, line style or marker.
 
-    Raises ValueError where there are more values than can be told apart.
+    The columns are lr, dropout_p and batch_size; where one of them has a single value, another setting that varies
+    takes its place. Beyond six values of a setting, marks are used again.
     """
+    varying = [name for name in _settings(histories) if histories[name].map(str).nunique() > 1]
+    others = iter([name for name in varying if name not in _MARKS])
     encoding = {}
-    for column, (label, _, marks) in _MARKS.items():
-        values = sorted(histories[column].unique())
-        if len(values) > len(marks):
-            raise ValueError(f"there are {len(values)} values of {label}, but only {len(marks)} can be told apart")
-        encoding[column] = dict(zip(values, marks, strict=False))
+    for column, (_, kind, known, marks) in _MARKS.items():
+        other = None if column in varying else next(others, None)
+        if other:
+            encoding[other] = kind, dict(zip(sorted(histories[other].map(str).unique()), cycle(marks), strict=False))
+        else:
+            there = set(histories[column])
+            further = zip(sorted(there - set(known)), cycle(marks[len(known) :]), strict=False)
+            every = dict(chain(zip(known, marks, strict=False), further))
+            encoding[column] = kind, {value: every[value] for value in sorted(there)}
     return encoding
 
 
 def loss(histories: pd.DataFrame) -> Figure:
-    """Fig. 1: train and test loss in two panels of one scale, one curve a run.
+    """Fig. 1: train and test loss in two panels of one scale, a curve for each set of settings.
 
-    histories: as ``mixer.grid.histories`` gives them. Raises ValueError.
+    histories: as ``mixer.grid.histories`` gives them. Of several seeds a curve is the mean, in a band from the lowest
+    to the highest.
     """
     with mpl.rc_context(_STYLE):
         figure = _figure(2.6)
@@ -121,67 +137,77 @@ def loss(histories: pd.DataFrame) -> Figure:
     return figure
 
 
-def test_accuracy(histories: pd.DataFrame) -> Figure:
-    """Fig. 2: test accuracy, one curve a run, and the coursework's best with its 95% interval."""
+def test_accuracy(histories: pd.DataFrame, claimed: tuple[float, float, float] | None = None) -> Figure:
+    """Fig. 2: test accuracy as it is (thin) and as its mean over five epochs (thick).
+
+    claimed: the coursework's best, with the ends of its interval, to be shown beside it; all fractions.
+    """
     with mpl.rc_context(_STYLE):
         figure = _figure(3.0)
         axis = figure.subplots()
-        low, high = interval(THEIR_ACCURACY)
-        axis.axhspan(low, high, color="#F1F1F1", zorder=0)
-        axis.axhline(THEIR_ACCURACY, color=MUTED, linewidth=0.8, zorder=1)
-        axis.annotate(
-            f"coursework\n{THEIR_ACCURACY:.2%}",
-            (1.01, THEIR_ACCURACY),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            color=MUTED,
-            fontsize=7,
-        )
-        _accuracy(figure, axis, histories, "test_accuracy", also=high)
+        if claimed is not None:
+            accuracy, low, high = claimed
+            axis.axhspan(low, high, color="#F1F1F1", zorder=0)
+            axis.axhline(accuracy, color=MUTED, linewidth=0.8, zorder=1)
+            label, place = f"coursework\n{100 * accuracy:.2f} %", (1.01, accuracy)
+            axis.annotate(label, place, xycoords=("axes fraction", "data"), va="center", color=MUTED, fontsize=7)
+        _accuracy(figure, axis, histories, "test_accuracy", also=claimed and claimed[2], mean_of=5)
     return figure
 
 
 def train_accuracy(histories: pd.DataFrame) -> Figure:
-    """Fig. 3: running train accuracy, one curve a run."""
+    """Fig. 3: running train accuracy."""
     with mpl.rc_context(_STYLE):
         figure = _figure(2.6)
         _accuracy(figure, figure.subplots(), histories, "train_accuracy")
     return figure
 
 
-def write_curves(histories: pd.DataFrame, folder: Path = FIGURES) -> None:
-    """Fig. 1-3 as ``fig1_loss``, ``fig2_test_accuracy`` and ``fig3_train_accuracy``. Raises ValueError, OSError."""
-    save(loss(histories), "fig1_loss", folder)
-    save(test_accuracy(histories), "fig2_test_accuracy", folder)
-    save(train_accuracy(histories), "fig3_train_accuracy", folder)
-
-
-def _accuracy(figure: Figure, axis: Axes, histories: pd.DataFrame, column: str, also: float | None = None) -> None:
-    _draw_curves(axis, histories, column)
+def _accuracy(
+    figure: Figure, axis: Axes, histories: pd.DataFrame, column: str, also: float | None = None, mean_of: int = 1
+) -> None:
+    _draw_curves(axis, histories, column, mean_of)
     axis.set_ylabel(column.replace("_", " "))
     axis.yaxis.set_major_formatter(_PERCENT)
     _frame(axis, histories, [column], rising=True, also=also)
     _legends(figure, histories)
 
 
-def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str) -> None:
+def _settings(histories: pd.DataFrame) -> list[str]:
+    """What makes two curves, not two seeds of one."""
+    return [name for name in histories.columns if name not in (*_MEASURED, "seed")]
+
+
+def _curves(histories: pd.DataFrame, column: str) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
+    """For each set of settings its marks, and the runs: a row an epoch, a column a seed."""
     encoding = encode(histories)
-    runs = histories.groupby([*_MARKS, "seed"])
-    for turn, (settings, history) in enumerate(runs):
-        style = {
-            kind: encoding[name][value]
-            for (name, (_, kind, _)), value in zip(_MARKS.items(), settings, strict=False)  # the seed has no mark
-        }
-        step = max(1, len(history) // 9)
+    sets = histories.groupby([histories[name].map(str) for name in _settings(histories)], sort=False)
+    for _, rows in sets:
+        first = rows.iloc[0]
+        style = {}
+        for name, (kind, marks) in encoding.items():
+            style[kind] = marks[first[name] if name in _MARKS else str(first[name])]
+        yield style, rows.pivot(index="epoch", columns="seed", values=column)
+
+
+def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int = 1) -> None:
+    curves = list(_curves(histories, column))
+    for turn, (style, runs) in enumerate(curves):
+        mean = runs.mean(axis=1)
+        if runs.shape[1] > 1:
+            axis.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=style["color"], alpha=0.15, lw=0)
+        elif mean_of > 1:
+            axis.plot(mean.index, mean, color=style["color"], linewidth=0.4, alpha=0.45)
+        step = max(1, len(runs) // 9)
         axis.plot(
-            history["epoch"],
-            history[column],
+            mean.index,
+            mean.rolling(mean_of, center=True, min_periods=1).mean(),
             **style,
             linewidth=1.0,
             markersize=4,
             markerfacecolor="white",
             markeredgewidth=0.9,
-            markevery=(turn * step // len(runs), step),  # staggered, so that markers do not cover each other
+            markevery=(turn * step // len(curves), step),  # staggered, so that markers do not cover each other
         )
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
@@ -192,7 +218,7 @@ def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str) -> None:
 def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: bool, also: float | None = None) -> None:
     """Frame the curves, leaving out their steep start and rare spikes, which would press all the rest together.
 
-    On the side from which the curves come, the frame ends where 98% of the points after the first tenth of the
+    On the side from which the curves come, the frame ends where 98 % of the points after the first tenth of the
     epochs are inside, and every end of a whole run. ``also`` is a value that has to be inside.
     """
     if histories.empty:
@@ -212,22 +238,29 @@ def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: b
 
 
 def _legends(figure: Figure, histories: pd.DataFrame) -> None:
-    encoding = encode(histories)
-    for place, (column, (label, kind, _)) in zip(("left", "center", "right"), _MARKS.items(), strict=True):
-        neutral = {"color": MUTED, "linewidth": 1.4, "markersize": 4.5, "markerfacecolor": "white"}
+    """The marks above the curves: all on one line where they fit, else a line for each setting."""
+    lines = []
+    for column, (kind, marks) in encode(histories).items():
+        label = _MARKS[column][0] if column in _MARKS else column.replace("_", " ")
         handles = [Line2D([], [], linestyle="none", label=label)]  # the title, on the line of its entries
-        for value, mark in encoding[column].items():
-            handles.append(Line2D([], [], **(neutral | {kind: mark}), label=f"{value:g}"))
-        legend = figure.legend(
-            handles=handles,
-            loc=f"outside upper {place}",
-            ncols=len(handles),
-            handlelength=2.2,
-            handletextpad=0.5,
-            columnspacing=1.0,
-            borderpad=0.1,
-        )
-        legend.get_texts()[0].set_color(MUTED)
+        for value, mark in marks.items():
+            neutral = {"color": MUTED, "linewidth": 1.4, "markersize": 4.5, "markerfacecolor": "white"}
+            text = value if isinstance(value, str) else f"{value:g}"
+            handles.append(Line2D([], [], **(neutral | {kind: mark}), label=text))
+        lines.append(handles)
+    style = {"handlelength": 2.2, "handletextpad": 0.5, "columnspacing": 1.0, "borderpad": 0.1}
+    if sum(map(len, lines)) <= 10:
+        for place, handles in zip(("left", "center", "right"), lines, strict=True):
+            legend = figure.legend(handles=handles, loc=f"outside upper {place}", ncols=len(handles), **style)
+            legend.get_texts()[0].set_color(MUTED)
+    else:  # a legend is filled column by column, so shorter lines are filled up with nothing
+        columns = max(map(len, lines))
+        nothing = Line2D([], [], linestyle="none", label=" ")
+        padded = [handles + [nothing] * (columns - len(handles)) for handles in lines]
+        handles = list(chain(*zip(*padded, strict=True)))
+        legend = figure.legend(handles=handles, loc="outside upper left", ncols=columns, **style)
+        for text in legend.get_texts()[: len(lines)]:
+            text.set_color(MUTED)
 
 
 # The data set and the model
@@ -370,10 +403,12 @@ def _text(axis: Axes, x: float, y: float, label: str, **style) -> None:
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
-    """Confusion matrix in counts and each class's accuracy with its 95% interval. Both (N,), class numbers."""
-    table = per_class(labels, predictions)
+    """Confusion matrix in counts and each class's accuracy with its 95 % interval. Both (N,), class numbers."""
     counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
     np.add.at(counts, (labels, predictions), 1)
+    correct, images = counts.diagonal(), counts.sum(axis=1)
+    accuracy = correct / images
+    reach = np.abs(np.array(proportion_confint(correct, images, method="wilson")) - accuracy)
     with mpl.rc_context(_STYLE):
         figure = _figure(3.15)
         matrix, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
@@ -388,12 +423,10 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
         matrix.set(xlabel="predicted", ylabel="true")
         matrix.grid(False)
         matrix.tick_params(length=0)
-        accuracy = table["accuracy"].to_numpy()
-        reach = np.abs(table[["low", "high"]].to_numpy().T - accuracy)
         bars.barh(range(len(CLASSES)), accuracy, height=0.62, color="#9DB6D6")
         bars.errorbar(accuracy, range(len(CLASSES)), xerr=reach, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5)
         for row, value in enumerate(accuracy):
-            bars.text(0.02, row, f"{value:.1%}", va="center", fontsize=6.5)
+            bars.text(0.02, row, f"{100 * value:.1f} %", va="center", fontsize=6.5)
         bars.set(xlim=(0, 1), xlabel="accuracy")
         bars.xaxis.set_major_formatter(_PERCENT)
         bars.grid(axis="y", visible=False)
@@ -417,6 +450,47 @@ def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, 
         for place, index in zip(places, surest, strict=False):
             _show(place, images[index])
             place.set_title(CLASSES[labels[index]], fontsize=7, pad=3)
-            place.set_xlabel(f"→ {CLASSES[predictions[index]]}\n{confidence[index]:.2%}", fontsize=7, labelpad=3)
+            place.set_xlabel(
+                f"→ {CLASSES[predictions[index]]}\n{100 * confidence[index]:.2f} %", fontsize=7, labelpad=3
+            )
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02)
+    return figure
+
+
+# The speed
+
+
+def speed(steps: pd.DataFrame, sizes: pd.DataFrame, labels: dict[str, str]) -> Figure:
+    """What a training step takes, by variant (left), and the images trained on in a second, by batch size (right).
+
+    steps: a row for each variant and dropout_p, with the median in milliseconds and times_as_fast; sizes: a row for
+    each variant and batch_size, with images_per_second; labels: variant -> its name, in the order of the figure.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = _figure(3.2)
+        left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
+        names = [name for name in labels if name in set(steps["variant"])]
+        colours = dict(zip(sorted(steps["dropout_p"].unique()), (BLUE, ORANGE), strict=False))
+        for turn, (dropout_p, rows) in enumerate(steps.groupby("dropout_p")):
+            places = rows["variant"].map(names.index) + (turn - 0.5) * 0.38
+            left.barh(places, rows["median"], 0.36, color=colours[dropout_p], label=f"dropout {dropout_p:g}")
+            for place, row in zip(places, rows.itertuples(), strict=True):
+                times = f", {row.times_as_fast:.1f}×" if row.variant != names[0] else ""
+                left.annotate(f" {row.median:.0f}{times}", (row.median, place), va="center", fontsize=6.5)
+        left.set_yticks(range(len(names)), [labels[name].replace(", ", ",\n", 1) for name in names])
+        left.invert_yaxis()
+        left.set_xlim(0, 1.25 * steps["median"].max())
+        left.set_xlabel("milliseconds a step")
+        left.grid(axis="y", visible=False)
+        left.legend(loc="lower right")
+        for (name, rows), colour, marker in zip(sizes.groupby("variant"), (BLUE, MUTED), "os", strict=False):
+            style = {"color": colour, "marker": marker, "markersize": 3.5}
+            right.plot(rows["batch_size"], rows["images_per_second"], label=labels[name], **style)
+        right.set_xscale("log", base=2)
+        right.set_ylim(0)
+        right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        right.set_xlabel("batch size, no dropout")
+        right.set_title("images trained on in a second", color=MUTED)
+        right.legend(loc="center right")
     return figure

@@ -4,6 +4,7 @@ from mixer import classify
 classify("shoe.jpg")            class -> probability, the likeliest first
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -11,8 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 
 from mixer.data import CLASSES, normalise
 from mixer.grid import RESULTS
@@ -57,7 +57,9 @@ def prepare(picture: Path | str | Image.Image | np.ndarray, size: tuple[int, int
 def load_model(weights: Path | str = WEIGHTS) -> MlpMixer:
     """The trained model, ready to predict, with the sizes that the file's tensors have. Raises ValueError."""
     try:
-        state = load_file(weights)
+        with safe_open(weights, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            config = json.loads((file.metadata() or {}).get("mixer", "{}")).get("config", {})
         channels, _, *patch_size = state["stem.weight"].shape
         hidden, patches = state["blocks.0.patches_in.weight"].shape
         model = MlpMixer(
@@ -68,6 +70,7 @@ def load_model(weights: Path | str = WEIGHTS) -> MlpMixer:
             num_channels=channels,
             patches_mlp_dim=hidden,
             channels_mlp_dim=len(state["blocks.0.channels_in.weight"]),
+            skip_connections=config.get("skip_connections", True),  # which leaves no trace in the tensors
         )
         model.load_state_dict(state)
     except FileNotFoundError:

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -91,9 +93,10 @@ def test_what_is_no_picture_ends_in_one_sentence(picture, sentence):
 
 
 def test_a_model_of_other_sizes_is_read_by_its_file(tmp_path):
-    model = MlpMixer(num_classes=3, num_blocks=2, patch_size=(8, 8), num_patches=16, num_channels=5, patches_mlp_dim=7)
+    sizes = {"num_blocks": 2, "patch_size": (8, 8), "num_channels": 5, "patches_mlp_dim": 7, "skip_connections": False}
+    model = MlpMixer(num_classes=3, num_patches=16, **sizes)
     torch.nn.init.normal_(model.head.weight)
-    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    save_file(model.state_dict(), tmp_path / "own.safetensors", {"mixer": json.dumps({"config": sizes})})
     loaded = load_model(tmp_path / "own.safetensors")
     images = torch.randn(2, 1, 32, 32)
     assert torch.equal(loaded(images), model.eval()(images)) and not loaded.training
