@@ -1,16 +1,18 @@
-# make            the report: set-up, data, executed notebook, figures, report/report.pdf
+# make            the report: set-up, data, executed notebooks, figures, report/report.pdf
 # make test       unit tests, and the notebooks compared with what they show when run again
 # make grid       train what is missing of the coursework's grid
 # make data       Fashion-MNIST into data/
 # make bench      what the fast path is worth on this machine
-# make notebook   run the notebook and keep what it shows (after a change)
+# make notebook   run the notebooks and keep what they show (after a change)
 
 PYTHON ?= python3
 BIN := .venv/bin
 CODE := $(wildcard mixer/*.py mixer/*.cpp)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+RESULTS := $(wildcard results/*.safetensors results/*.json results/*/*.json results/*/*/*.json)
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
+.NOTPARALLEL:  # every notebook has a table in README.md
 .PHONY: report test grid data bench notebook clean
 .DELETE_ON_ERROR:
 
@@ -43,8 +45,9 @@ grid: .venv/installed
 bench: .venv/installed-dev
 	$(BIN)/python -m mixer.bench
 
-# The notebooks are run into build/: what is committed stays as it is.
-build/%.ipynb: notebooks/%.ipynb $(CODE) $(wildcard results/*.json results/*.safetensors) .venv/installed
+# The notebooks are run into build/: what is committed stays as it is. They write figures/, report/generated/ and the
+# tables of README.md.
+build/%.ipynb: notebooks/%.ipynb $(CODE) $(RESULTS) .venv/installed
 	@$(BIN)/python -m mixer.data
 	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir build $<
 
@@ -54,14 +57,13 @@ notebook: .venv/installed
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 
 build/report: $(EXECUTED) $(wildcard report/*.tex report/*.bib)
-	$(BIN)/python -m mixer.report
 	@kpsewhich lmodern.sty booktabs.sty microtype.sty >/dev/null 2>&1 && command -v latexmk >/dev/null || \
 		($(APT) latexmk texlive-latex-recommended texlive-fonts-recommended lmodern) >/dev/null 2>&1 || \
 		{ echo "All is made but the PDF, which needs LaTeX: sudo apt install latexmk texlive-latex-recommended" \
 		"texlive-fonts-recommended lmodern, then run make again."; exit 1; }
 	cd report && SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -pdf -interaction=nonstopmode -halt-on-error -silent report
 	@touch $@
-	@echo "The report is report/report.pdf; the notebook as run here is build/experiments.ipynb."
+	@echo "The report is report/report.pdf; the notebooks as run here are in build/."
 
 test: .venv/installed-dev
 	@$(BIN)/python -m mixer.data
