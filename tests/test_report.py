@@ -107,7 +107,7 @@ def test_no_result_is_typed_into_the_report_by_hand():
     architecture = text[text.index(r"\section{Architecture}") : text.index(r"\section{Experiments}")]
     text = text.replace(architecture, "")
     for given in (  # by the task, the coursework or the plan of the analysis, not by a measurement
-        r"60\,000 training and 10\,000 test images",
+        "60,000 training and 10,000 test images",
         r"$28 \times\n28$",
         "trains eight parameter sets for\n60 epochs",
         "(0.01 and 0.001)",
