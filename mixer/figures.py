@@ -5,6 +5,7 @@ and as PNG for people. The same numbers give the same bytes: no dates, no versio
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, cycle
 from pathlib import Path
 
@@ -65,11 +66,13 @@ _STYLE = {
 _PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g} %")
 
 
-def _figure(height: float) -> Figure:
-    """An empty figure of the report's width; ``height`` in inches."""
-    figure = Figure(figsize=(WIDTH, height))
-    FigureCanvasAgg(figure)
-    return figure
+@contextmanager
+def drawing(height: float) -> Iterator[Figure]:
+    """An empty figure of the report's width, and its style while it is drawn; ``height`` in inches."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH, height))
+        FigureCanvasAgg(figure)
+        yield figure
 
 
 def save(figure: Figure, name: str, folder: Path = FIGURES) -> None:
@@ -125,8 +128,7 @@ def loss(histories: pd.DataFrame) -> Figure:
     histories: as ``mixer.grid.histories`` gives them. Of several seeds a curve is the mean, in a band from the lowest
     to the highest.
     """
-    with mpl.rc_context(_STYLE):
-        figure = _figure(2.6)
+    with drawing(2.6) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for axis, column, title in zip(axes, ("train_loss", "test_loss"), ("training", "test"), strict=True):
             _draw_curves(axis, histories, column)
@@ -142,8 +144,7 @@ def test_accuracy(histories: pd.DataFrame, claimed: tuple[float, float, float] |
 
     claimed: the coursework's best, with the ends of its interval, to be shown beside it; all fractions.
     """
-    with mpl.rc_context(_STYLE):
-        figure = _figure(3.0)
+    with drawing(3.0) as figure:
         axis = figure.subplots()
         if claimed is not None:
             accuracy, low, high = claimed
@@ -157,8 +158,7 @@ def test_accuracy(histories: pd.DataFrame, claimed: tuple[float, float, float] |
 
 def train_accuracy(histories: pd.DataFrame) -> Figure:
     """Fig. 3: running train accuracy."""
-    with mpl.rc_context(_STYLE):
-        figure = _figure(2.6)
+    with drawing(2.6) as figure:
         _accuracy(figure, figure.subplots(), histories, "train_accuracy")
     return figure
 
@@ -268,8 +268,7 @@ def _legends(figure: Figure, histories: pd.DataFrame) -> None:
 
 def samples(images: np.ndarray, labels: np.ndarray, rows: int = 3) -> Figure:
     """The first ``rows`` images of each class, a column a class. images: (N, 28, 28) uint8, labels: (N,)."""
-    with mpl.rc_context(_STYLE):
-        figure = _figure(0.64 * rows + 0.25)
+    with drawing(0.64 * rows + 0.25) as figure:
         grid = figure.subplots(rows, len(CLASSES), squeeze=False)
         for label, column in enumerate(grid.T):
             column[0].set_title(CLASSES[label], fontsize=7, pad=3)
@@ -287,8 +286,7 @@ def _show(axis: Axes, image: np.ndarray) -> None:
 
 def architecture(model: MlpMixer, image: np.ndarray) -> Figure:
     """The model from image to logits and, below, one block; all sizes are read off ``model``. image: (H, W) uint8."""
-    with mpl.rc_context(_STYLE):
-        figure = _figure(HEIGHT)
+    with drawing(HEIGHT) as figure:
         figure.set_layout_engine("none")
         axis = figure.add_axes((0, 0, 1, 1))
         axis.axis("off")
@@ -409,8 +407,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
     correct, images = counts.diagonal(), counts.sum(axis=1)
     accuracy = correct / images
     reach = np.abs(np.array(proportion_confint(correct, images, method="wilson")) - accuracy)
-    with mpl.rc_context(_STYLE):
-        figure = _figure(3.15)
+    with drawing(3.15) as figure:
         matrix, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
         norm = PowerNorm(0.4, vmin=0, vmax=counts.sum(axis=1).max())  # a linear scale would hide the mistakes
         matrix.imshow(counts, cmap="Blues", norm=norm, aspect="auto", interpolation="none")
@@ -442,8 +439,7 @@ def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, 
     predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predictions != labels)
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")]
-    with mpl.rc_context(_STYLE):
-        figure = _figure(1.22 * rows)
+    with drawing(1.22 * rows) as figure:
         places = figure.subplots(rows, 8, squeeze=False).ravel()
         for place in places[len(surest) :]:
             place.axis("off")
@@ -454,43 +450,4 @@ def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, 
                 f"→ {CLASSES[predictions[index]]}\n{100 * confidence[index]:.2f} %", fontsize=7, labelpad=3
             )
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02)
-    return figure
-
-
-# The speed
-
-
-def speed(steps: pd.DataFrame, sizes: pd.DataFrame, labels: dict[str, str]) -> Figure:
-    """What a training step takes, by variant (left), and the images trained on in a second, by batch size (right).
-
-    steps: a row for each variant and dropout_p, with the median in milliseconds and times_as_fast; sizes: a row for
-    each variant and batch_size, with images_per_second; labels: variant -> its name, in the order of the figure.
-    """
-    with mpl.rc_context(_STYLE):
-        figure = _figure(3.2)
-        left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
-        names = [name for name in labels if name in set(steps["variant"])]
-        colours = dict(zip(sorted(steps["dropout_p"].unique()), (BLUE, ORANGE), strict=False))
-        for turn, (dropout_p, rows) in enumerate(steps.groupby("dropout_p")):
-            places = rows["variant"].map(names.index) + (turn - 0.5) * 0.38
-            left.barh(places, rows["median"], 0.36, color=colours[dropout_p], label=f"dropout {dropout_p:g}")
-            for place, row in zip(places, rows.itertuples(), strict=True):
-                times = f", {row.times_as_fast:.1f}×" if row.variant != names[0] else ""
-                left.annotate(f" {row.median:.0f}{times}", (row.median, place), va="center", fontsize=6.5)
-        left.set_yticks(range(len(names)), [labels[name].replace(", ", ",\n", 1) for name in names])
-        left.invert_yaxis()
-        left.set_xlim(0, 1.25 * steps["median"].max())
-        left.set_xlabel("milliseconds a step")
-        left.grid(axis="y", visible=False)
-        left.legend(loc="lower right")
-        for (name, rows), colour, marker in zip(sizes.groupby("variant"), (BLUE, MUTED), "os", strict=False):
-            style = {"color": colour, "marker": marker, "markersize": 3.5}
-            right.plot(rows["batch_size"], rows["images_per_second"], label=labels[name], **style)
-        right.set_xscale("log", base=2)
-        right.set_ylim(0)
-        right.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        right.set_xlabel("batch size, no dropout")
-        right.set_title("images trained on in a second", color=MUTED)
-        right.legend(loc="center right")
     return figure

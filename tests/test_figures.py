@@ -182,18 +182,6 @@ def test_architecture_shows_the_sizes_of_the_model():
         assert size in words
 
 
-def test_bars_of_the_speed_say_how_many_times():
-    steps = pd.DataFrame(
-        [("slow", 0.0, 80.0, 1.0), ("quick", 0.0, 20.0, 4.0)],
-        columns=["variant", "dropout_p", "median", "times_as_fast"],
-    )
-    sizes = pd.DataFrame([("quick", 32, 10), ("quick", 64, 12)], columns=["variant", "batch_size", "images_per_second"])
-    left, right = figures.speed(steps, sizes, {"slow": "the peer", "quick": "ours"}).axes
-    assert [text.get_text().strip() for text in left.texts] == ["80", "20, 4.0×"]
-    assert [text.get_text() for text in left.get_yticklabels()] == ["the peer", "ours"]
-    assert [line.get_label() for line in right.lines] == ["ours"]
-
-
 def test_committed_figures_follow_from_the_committed_records(tmp_path):
     history = histories(coursework(read_records(RESULTS)))
     claimed = (0.8917, *proportion_confint(8917, 10_000, method="wilson"))
