@@ -1,7 +1,7 @@
 """The parameter grid, the store of finished runs, and what runs the one into the other.
 
-    python -m mixer.grid                the coursework's eight runs, one after the other
-    python -m mixer.grid --help         other values, seeds, devices
+    python -m mixer.grid                the coursework's eight runs, one on every core
+    python -m mixer.grid --help         other values, seeds, sizes, devices
 
 A finished run is one JSON file in ``results/``. A run that is there is never trained again; one that was cut off
 goes on from its checkpoint. Several grids may work on one folder at the same time.
@@ -12,28 +12,26 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import multiprocessing
-import os
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pandas as pd
-import torch
 
 from mixer import data as fashion_mnist
 from mixer.data import DataError
-from mixer.records import Record, RecordError, best_epoch, read_record, write_record, write_whole
+from mixer.records import Record, RecordError, best_epoch, check_writable, read_record, write_record, write_whole
 from mixer.runs import train
-from mixer.train import Config, find_device
+from mixer.train import Config, find_device, find_precision
+from mixer.workers import Workers, cores, in_words
 
 RESULTS = Path(__file__).parent.parent / "results"
 LRS, DROPOUTS, BATCH_SIZES = (0.01, 0.001), (0.0, 0.1), (256, 512)
-
-_HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
 log = logging.getLogger("mixer")
 
@@ -52,63 +50,70 @@ def grid(
     dropouts: Iterable[float] = DROPOUTS,
     batch_sizes: Iterable[int] = BATCH_SIZES,
     seeds: Iterable[int] = (0,),
-    num_epochs: int = Config.num_epochs,
-    limit: int | None = None,
+    **others: Any,
 ) -> list[Config]:
-    """The configs of a parameter grid; without arguments the coursework's eight. Raises ValueError."""
+    """The configs of a parameter grid; without arguments the coursework's eight.
+
+    ``others``: any other fields of ``Config``, each with one value or with a list of values:
+    ``grid(seeds=range(3), num_epochs=10, num_blocks=[1, 2, 4])``. Raises ValueError, TypeError.
+    """
+    lists = [values if isinstance(values, list) else [values] for values in others.values()]
     return [
-        Config(lr, dropout_p, batch_size, num_epochs, seed, limit)
-        for seed, lr, dropout_p, batch_size in product(seeds, lrs, dropouts, batch_sizes)
+        Config(lr=lr, dropout_p=dropout_p, batch_size=batch_size, seed=seed, **dict(zip(others, rest, strict=True)))
+        for seed, lr, dropout_p, batch_size, *rest in product(seeds, lrs, dropouts, batch_sizes, *lists)
     ]
 
 
 # The store
 
 
-def record_path(config: Config, results: Path = RESULTS) -> Path:
+def record_path(config: Config, results: Path | str = RESULTS) -> Path:
     return Path(results) / f"{config.name}.json"
 
 
-def weights_path(config: Config, results: Path = RESULTS) -> Path:
+def weights_path(config: Config, results: Path | str = RESULTS) -> Path:
     """The weights of a run's best epoch: made by the run, too many to keep in the repository."""
     return Path(results) / "weights" / f"{config.name}.safetensors"
 
 
-def read_records(results: Path = RESULTS) -> list[Record]:
+def read_records(results: Path | str = RESULTS) -> list[Record]:
     """All records of the folder, in the order of their names. Raises RecordError."""
     return [read_record(path) for path in sorted(Path(results).glob("lr*.json"))]
 
 
-def coursework(records: Iterable[Record]) -> list[Record]:
-    """The coursework's eight runs with seed 0, in grid order, of the longest training that has all eight.
+def coursework(records: Iterable[Record], seed: int = 0) -> list[Record]:
+    """The coursework's eight runs with this seed, in grid order, of the longest training that has all eight.
 
     Raises RecordError when no eight belong together.
     """
     found = {Config(**record["config"]): record for record in records}
     for num_epochs in sorted({config.num_epochs for config in found}, reverse=True):
-        configs = grid(num_epochs=num_epochs)
+        configs = grid(num_epochs=num_epochs, seeds=[seed])
         if all(config in found for config in configs):
             return [found[config] for config in configs]
     raise RecordError("The results folder does not hold the eight runs of the coursework: run `make grid`.")
 
 
 def best(records: Iterable[Record]) -> Record:
-    """The record with the highest test accuracy of any epoch, the first of equals."""
+    """The record with the highest test accuracy of any epoch, the first of equals. ValueError when there is none."""
     return max((r for r in records if r["history"]), key=lambda record: best_epoch(record)["test_accuracy"])
 
 
-def publish_best(results: Path = RESULTS) -> None:
-    """Keep the weights of the coursework grid's best run as ``best.safetensors``, where they were trained here."""
-    config = Config(**best(coursework(read_records(results)))["config"])
-    with contextlib.suppress(FileNotFoundError):
+def publish_best(results: Path | str = RESULTS) -> None:
+    """Keep the weights of the coursework grid's best run as ``best.safetensors``, where they were trained here.
+
+    Does nothing as long as the coursework's eight runs are not all there. Raises OSError.
+    """
+    with contextlib.suppress(RecordError, ValueError, FileNotFoundError):
+        config = Config(**best(coursework(read_records(results)))["config"])
         write_whole(Path(results) / "best.safetensors", weights_path(config, results).read_bytes())
 
 
 def histories(records: Iterable[Record]) -> pd.DataFrame:
     """One row for every epoch of every record: the config's columns, then the history's. Accuracies are fractions."""
-    rows = [record["config"] | epoch for record in records for epoch in record["history"]]
+    rows = [dataclasses.asdict(Config(**record["config"])) | epoch for record in records for epoch in record["history"]]
     columns = [field.name for field in dataclasses.fields(Config)]
-    return pd.DataFrame(rows, columns=[*columns, *_HISTORY])
+    return pd.DataFrame(rows, columns=[*columns, *HISTORY])
 
 
 # Running
@@ -118,23 +123,39 @@ def run_grid(
     configs: Sequence[Config],
     results: Path | str = RESULTS,
     *,
+    jobs: int = 1,
     executor: Executor | None = None,
     device: str | None = None,
     precision: str | None = None,
+    data: Path | str | None = None,
     progress: bool = True,
 ) -> list[Record]:
     """Train what is missing in ``results`` and return the records of all ``configs``, in their order.
 
-    executor: anything of ``concurrent.futures``, which then trains the runs: a ProcessPoolExecutor, or dask's
-    ``Client.get_executor()`` on a cluster whose nodes share the folder. Without one they are trained here, in turn.
+    jobs: so many runs at a time, in processes that share this machine's cores; with one, they are trained here.
+    executor: anything of ``concurrent.futures`` instead, such as dask's ``Client.get_executor()`` on a cluster whose
+    nodes share the folder. (When a worker of a ProcessPoolExecutor is killed, its other runs fail too; of ``jobs``,
+    only the one.)
+    device, precision: as of ``train``. data: the folder of a data set of one's own, as ``data.load_folder`` takes it.
+    A record that is there already and was made in another way, or of other data, is a failure.
 
-    When a run fails, the others are trained all the same; then GridError names what failed.
+    When a run fails, the others are trained all the same; then GridError names what failed. Ctrl-C stops them all.
     """
     results = Path(results).absolute()
     configs = list(dict.fromkeys(configs))
+    if any(not record_path(config, results).exists() for config in configs):
+        check_writable(results / "checkpoints" / "lock")
+    how = {"device": device, "precision": precision, "data": data, "progress": progress}
+    run = functools.partial(run_one, results=results, **how)
+    with Workers(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor) as workers:
+        records = _run_all(configs, run, workers)
+    publish_best(results)
+    return records
+
+
+def _run_all(configs: list[Config], run: functools.partial, executor: Executor | None) -> list[Record]:
     records: dict[Config, Record] = {}
     failures: dict[Config, str] = {}
-    run = functools.partial(run_one, results=results, device=device, precision=precision, progress=progress)
 
     def attempt(todo: list[Config], wait: bool) -> list[Config]:
         """Run these, and return those that another grid is training just now."""
@@ -144,18 +165,23 @@ def run_grid(
             jobs = {functools.partial(run, config, wait=wait): config for config in todo}
         else:
             jobs = {executor.submit(run, config, wait=wait): config for config in todo}
-        for job in jobs if executor is None else as_completed(jobs):
-            config = jobs[job]
-            try:
-                record = job() if executor is None else job.result()
-            except Exception as error:
-                failures[config] = f"{type(error).__name__}: {error}"
-                log.error("%s failed: %s", config.name, failures[config])
-                continue
-            if record is None:
-                busy.append(config)
-            else:
-                records[config] = record
+        try:
+            for job in jobs if executor is None else as_completed(jobs):
+                config = jobs[job]
+                try:
+                    record = job() if executor is None else job.result()
+                except Exception as error:
+                    failures[config] = in_words(error)
+                    log.error("%s failed: %s", config.name, failures[config])
+                    continue
+                if record is None:
+                    busy.append(config)
+                else:
+                    records[config] = record
+        except KeyboardInterrupt:
+            for job in jobs if executor is not None else ():
+                job.cancel()
+            raise
         return busy
 
     busy = attempt(configs, wait=False)
@@ -173,119 +199,146 @@ def run_one(
     *,
     device: str | None = None,
     precision: str | None = None,
+    data: Path | str | None = None,
     progress: bool = True,
     wait: bool = True,
 ) -> Record | None:
     """The record of one run: read where it is there, trained where not; None if it is busy and ``wait`` is false."""
     path = record_path(config, results)
-    if path.exists():
-        return read_record(path)
     checkpoint = Path(results) / "checkpoints" / f"{config.name}.pt"
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    # A lock of the operating system ends with its process, however that ends.
-    lock = filelock.FileLock(checkpoint.with_suffix(".lock"), timeout=-1 if wait else 0)
-    try:
-        with lock:
-            if not path.exists():  # nobody finished it while we waited
-                record = train(
-                    config,
-                    device=device,
-                    precision=precision,
-                    checkpoint=checkpoint,
-                    weights=weights_path(config, results),
-                    progress=progress,
-                    position=_worker_position,
-                )
-                write_record(record, path)
-                for leftover in checkpoint.parent.glob(f"{checkpoint.name}*"):
-                    leftover.unlink()
-            return read_record(path)
-    except filelock.Timeout:
-        return None
+    if not path.exists():
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        # A lock of the operating system ends with its process, however that ends.
+        lock = filelock.FileLock(checkpoint.with_suffix(".lock"), timeout=-1 if wait else 0)
+        try:
+            with lock:
+                if not path.exists():  # nobody finished it while we waited
+                    record = train(
+                        config,
+                        device=device,
+                        precision=precision,
+                        data=None if data is None else fashion_mnist.load_folder(data),
+                        checkpoint=checkpoint,
+                        weights=weights_path(config, results),
+                        progress=progress,
+                        position=Workers.position,
+                    )
+                    write_record(record, path)
+                    for leftover in checkpoint.parent.glob(f"{checkpoint.name}*"):
+                        leftover.unlink()
+        except filelock.Timeout:
+            return None
+    record = read_record(path)
+    _check_as_asked_for(record, path, config, device, precision, data)
+    return record
 
 
-_worker_position: int | None = None  # the line of this worker process's progress bar
-
-
-def _start_worker(threads: int, positions) -> None:
-    global _worker_position
-    torch.set_num_threads(threads)
-    _worker_position = positions.get()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def process_pool(jobs: int) -> ProcessPoolExecutor:
-    """``jobs`` processes that share the machine's cores evenly."""
-    context = multiprocessing.get_context("spawn")
-    positions = context.Queue()
-    for position in range(jobs):
-        positions.put(position)
-    threads = max(1, _cores() // jobs)
-    return ProcessPoolExecutor(jobs, context, _start_worker, (threads, positions))
+def _check_as_asked_for(
+    record: Record, path: Path, config: Config, device: str | None, precision: str | None, data: Path | str | None
+) -> None:
+    """RecordError when the record is another config's, or was made otherwise than is asked for now."""
+    environment = record["environment"]
+    kind = environment["device"].partition(":")[0]
+    made = {
+        "config": Config(**record["config"]).name,
+        "device": kind if kind in ("cpu", "mps") else "cuda",
+        "precision": environment["precision"],
+        "data": environment["data_sha256"],
+    }
+    wanted = made | {"config": config.name}
+    if device is not None:
+        wanted["device"] = str(device).partition(":")[0]
+    if precision is not None:
+        wanted["precision"] = precision
+    if data is not None:
+        used = fashion_mnist.load_folder(data)
+        wanted["data"] = (used if config.limit is None else used.first(config.limit)).sha256
+    elif config.limit is None:
+        wanted["data"] = fashion_mnist.SHA256
+    others = [name for name in made if made[name] != wanted[name]]
+    if others:
+        raise RecordError(
+            f"{path} is a record of another {' and '.join(others)} than asked for: give another folder for the "
+            "results, or take the record away."
+        )
 
 
 # The command line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results, jobs = options.pop("results"), options.pop("jobs")
+    how = {name: options.pop(name) for name in ("device", "precision", "data")}
+    try:
+        configs = grid(**{name: value for name, value in options.items() if value is not None})
+        if jobs is not None and jobs < 1:
+            raise ValueError(f"jobs is {jobs}, but it has to be a whole number above 0")
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        missing = sum(not record_path(config, results).exists() for config in configs)
+        if missing:  # what is wrong with device, precision or data set is said once, not by every run
+            find_precision(find_device(how["device"]), how["precision"])
+            _ = fashion_mnist.prepare() if how["data"] is None else fashion_mnist.load_folder(how["data"])
+        at_a_time = jobs or (cores() if find_device(how["device"]).type == "cpu" else 1)
+        records = run_grid(configs, results, jobs=min(at_a_time, missing), **how)
+    except (GridError, RecordError, DataError, ValueError, OSError) as error:
+        sys.exit(str(error))
+    print(_table(records))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixer.grid",
         description="Train a grid of parameter sets, one record a run. What the results folder holds already is not "
-        "trained again, and a run that was cut off goes on. Without arguments: the coursework's eight runs.",
+        "trained again, and a run that was cut off goes on. Without arguments: the coursework's eight runs. An option "
+        "with several values trains every combination.",
     )
     add = parser.add_argument
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
-    add("--lr", type=float, nargs="+", default=LRS, metavar="RATE", help=f"learning rates {_default(LRS)}")
-    add("--dropout", type=float, nargs="+", default=DROPOUTS, metavar="P", help=f"probabilities {_default(DROPOUTS)}")
-    add("--batch-size", type=int, nargs="+", default=BATCH_SIZES, metavar="N", help=f"images {_default(BATCH_SIZES)}")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="each runs the whole grid (0)")
-    add("--num-epochs", type=int, default=Config.num_epochs, metavar="N", help="of each run (%(default)s)")
-    add("--limit", type=int, metavar="N", help="train on the first N images only, to try things out")
     add("--device", help="cuda, mps or cpu; found when not given")
     add("--precision", choices=["bfloat16", "float32"], help="bfloat16 where the hardware has it, when not given")
+    add("--data", type=Path, metavar="DIR", help="a data set of your own in Fashion-MNIST's layout, in place of it")
     # mixer.bench measures that one run a core is faster than one run on all.
     add("--jobs", type=int, metavar="N", help="runs at a time, which share a CPU's cores (one a core; on a GPU one)")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        configs = grid(
-            options.lr, options.dropout, options.batch_size, options.seeds, options.num_epochs, options.limit
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    if options.jobs is not None and options.jobs < 1:
-        parser.error(f"jobs is {options.jobs}, but it has to be a whole number above 0")
-    try:
-        records = _run(configs, options)
-    except (GridError, DataError, OSError, RuntimeError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; the same command goes on from here.")
-    print(_table(records))
-    with contextlib.suppress(RecordError):  # the coursework's grid may not be complete yet
-        publish_best(options.results)
+    values = parser.add_argument_group("what is varied, and the values when not given").add_argument
+    several = {"nargs": "+", "metavar": "X"}
+    values("--lr", dest="lrs", type=float, **several, help=f"learning rates ({_words(LRS)})")
+    values("--dropout", dest="dropouts", type=float, **several, help=f"probabilities ({_words(DROPOUTS)})")
+    values("--batch-size", dest="batch_sizes", type=int, **several, help=f"images ({_words(BATCH_SIZES)})")
+    values("--seeds", type=int, **several, help="each runs the whole grid (0)")
+    for field in dataclasses.fields(Config):
+        if field.name not in ("lr", "dropout_p", "batch_size", "seed"):
+            option, default = f"--{field.name.replace('_', '-')}", field.default
+            kind, shown = _KINDS[type(default)]
+            values(option, type=kind, **several, help=f"{field.metadata.get('help', '')} ({shown(default)})".lstrip())
+    return parser
 
 
-def _default(values: Iterable[float]) -> str:
-    return f"({' '.join(map(str, values))})"
+def _pair(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("x"))
 
 
-def _run(configs: list[Config], options: argparse.Namespace) -> list[Record]:
-    device = options.device or str(find_device())
-    torch.empty(0, device=device)  # a device that is not there fails here, once, not in every run
-    common = {"results": options.results, "device": device, "precision": options.precision}
-    missing = sum(not record_path(config, options.results).exists() for config in configs)
-    jobs = min(options.jobs or (_cores() if device == "cpu" else 1), missing)
-    if missing:
-        fashion_mnist.prepare()  # what is wrong with the data set is said once, not by every run
-    if jobs <= 1:
-        return run_grid(configs, **common)
-    with process_pool(jobs) as executor:
-        return run_grid(configs, executor=executor, **common)
+def _yes_or_no(text: str) -> bool:
+    return {"yes": True, "no": False}[text]
+
+
+def _words(values: Iterable[float]) -> str:
+    return " ".join(map(str, values))
+
+
+# For a field's default: what reads a value from the command line, and how a value is shown.
+_KINDS = {
+    int: (int, str),
+    float: (float, str),
+    str: (str, str),
+    bool: (_yes_or_no, lambda value: "yes" if value else "no"),
+    tuple: (_pair, lambda value: "x".join(map(str, value))),
+    type(None): (int, lambda _: "all"),
+}
 
 
 def _table(records: list[Record]) -> str:
@@ -303,4 +356,9 @@ def _table(records: list[Record]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        from mixer.grid import main  # one module, not two of the same code
+
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on from here.")
