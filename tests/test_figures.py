@@ -67,27 +67,29 @@ def test_seeds_are_a_mean_in_a_band_from_the_lowest_to_the_highest():
 
 
 def test_accuracy_is_thin_and_its_running_mean_thick():
-    history = curves(9, grid(num_epochs=9)[:1])
-    figure = figures.test_accuracy(history)
-    thin, mean = figure.axes[0].lines
+    history = curves(20, grid(num_epochs=20)[:1])
+    thin, mean = figures.test_accuracy(history).axes[0].lines
     assert thin.get_linewidth() < mean.get_linewidth()
     assert thin.get_ydata() == pytest.approx(history["test_accuracy"])
     assert mean.get_ydata()[4] == pytest.approx(history["test_accuracy"][2:7].mean())
+    (only,) = figures.test_accuracy(history[:5]).axes[0].lines
+    assert only.get_ydata() == pytest.approx(history["test_accuracy"][:5])
 
 
-@pytest.mark.parametrize("values", [2, 3, 4])
+@pytest.mark.parametrize("values", [(2, 2, 2), (3, 1, 2), (1, 4, 2), (4, 4, 4)])
 def test_legends_fit(values):
     """No text of the legends lies on another one or outside the figure."""
+    lrs, dropouts, batch_sizes = values
     settings = (
-        [0.001 * 2**n for n in range(values)],
-        [n / 10 for n in range(values)],
-        [32 * 2**n for n in range(values)],
+        [0.001 * 2**n for n in range(lrs)],
+        [n / 10 for n in range(dropouts)],
+        [32 * 2**n for n in range(batch_sizes)],
     )
     figure = figures.test_accuracy(curves(2, grid(*settings, num_epochs=2)))
     figure.draw_without_rendering()
     texts = [text for legend in figure.legends for text in legend.get_texts() if text.get_text().strip()]
     boxes = [text.get_window_extent() for text in texts]
-    assert len(boxes) == 3 * (1 + values)
+    assert len(boxes) == 3 + sum(values)
     for number, box in enumerate(boxes):
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
         assert not any(box.overlaps(other) for other in boxes[:number])
