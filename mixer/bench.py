@@ -1,8 +1,7 @@
 """What the fast path is worth on this machine, measured beside its peers.
 
-    python -m mixer.bench               about a quarter of an hour; a file in results/bench/, figures/bench.pdf and .png
+    python -m mixer.bench               about a quarter of an hour; a file in results/bench/, shown by speed.ipynb
     python -m mixer.bench --quick       some minutes, to see that it works: writes nothing
-    python -m mixer.bench --draw FILE   the figure again, from a finished measurement
 
 All variants train on the same batches in one process, in alternation, so that whatever else the machine does hits
 them alike. A step is what training does: normalised images in, forward, cross-entropy, backward, Adam. FLOP are those
@@ -13,6 +12,7 @@ path; no CUDA device was at hand to try it.
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -28,16 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixer import fused
+from mixer import build, fused
 from mixer.grid import LRS, RESULTS, grid
-from mixer.model import MlpMixer
-from mixer.train import Config, environment, find_device, find_precision, write_whole
+from mixer.model import MixerBlock, MlpMixer
+from mixer.records import environment, write_whole
+from mixer.train import Config, find_device, find_precision
 
 FOLDER = RESULTS / "bench"
 TRAIN_IMAGES = 60_000
 BATCHES, DROPOUTS = (256, 512), (0.0, 0.1)
 ROUNDS = {256: 10, 512: 5}
-# In the order of the figure; the first is what the others are compared with.
+# The first is what the others are compared with.
 LABELS = {
     "timm": "timm, eager float32",
     "float32": "this model, eager float32",
@@ -47,6 +48,10 @@ LABELS = {
 }
 
 
+class PlainBlock(MixerBlock):
+    """The same block, but of another class than the operator computes: the formula by PyTorch."""
+
+
 class Trainer:
     """One variant of model and step. ``step(images, labels)`` trains once, on as many threads as PyTorch has."""
 
@@ -54,6 +59,9 @@ class Trainer:
         torch.manual_seed(0)
         self.variant, self.device = variant, device
         self.model = (_timm if variant == "timm" else MlpMixer)(dropout_p=dropout_p, **sizes).to(device)
+        if variant not in ("timm", "fast"):
+            for block in self.model.blocks:
+                block.__class__ = PlainBlock
         self.forward: Callable[[Tensor], Tensor] = self.model
         if variant == "compile":
             torch._dynamo.reset()  # its limit on recompilations counts those for other models
@@ -70,8 +78,7 @@ class Trainer:
         if self.variant == "fast":
             with fused.threads_for_the_operator():
                 return self._step(images, labels)
-        with fused.plain_only():
-            return self._step(images, labels)
+        return self._step(images, labels)
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
@@ -158,7 +165,7 @@ def memory(variant: str, dropout_p: float, size: int, device: torch.device) -> f
         return torch.cuda.max_memory_allocated() / 2**20
     if variant == "timm":
         import timm.models.mlp_mixer  # noqa: F401
-    fused.library()
+    build.library()
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     before = _status("VmRSS")
     trainer, (images, labels) = Trainer(variant, dropout_p, device), batch(size, device)
@@ -202,9 +209,10 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
     """Everything, as the JSON file holds it. Times in milliseconds a step."""
     threads = torch.get_num_threads()
     precision = find_precision(device)
+    path = fused.path(MlpMixer().blocks, device, precision)
     result: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(device, precision),
+        "environment": environment(device, precision) | {"path": path},
         "gflops_of_large_products": {
             name: round(peak(getattr(torch, name), device, 0.5 if quick else 3) / 1e9, 1)
             for name in ("float32", "bfloat16")
@@ -226,7 +234,7 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
         print(_line(row), flush=True)
         return row
 
-    print(f"{result['environment']['device']}, {threads} threads, {precision}, path {fused.path(device, precision)}")
+    print(f"{result['environment']['device']}, {threads} threads, {precision}, path {path}")
     print("large products: " + ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in peaks.items()))
     for size in BATCHES[:1] if quick else BATCHES:
         for p in DROPOUTS:
@@ -310,7 +318,7 @@ def grid_hours(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _run_hours(config: Config, milliseconds: float) -> float:
-    return config.num_epochs * TRAIN_IMAGES / config.batch_size * milliseconds / 3.6e6
+    return config.num_epochs * math.ceil(TRAIN_IMAGES / config.batch_size) * milliseconds / 3.6e6
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -323,58 +331,12 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
-# ---------------------------------------------------------------- the figure
-
-
-def draw(result: dict[str, Any]) -> Any:
-    """The figure: time of a step by variant, and how it grows. The same numbers give the same bytes."""
-    import matplotlib as mpl
-
-    from mixer import figures as style
-
-    with mpl.rc_context(style._STYLE):
-        figure = style._figure(3.4)
-        left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
-        rows = [row for row in result["steps"] if row["batch_size"] == BATCHES[0]]
-        names = [name for name in LABELS if any(row["variant"] == name for row in rows)]
-        colours = dict(zip(DROPOUTS, (style.BLUE, style.ORANGE), strict=True))
-        for i, p in enumerate(DROPOUTS):
-            for row in (row for row in rows if row["dropout_p"] == p):
-                y = names.index(row["variant"]) + (i - 0.5) * 0.36
-                left.barh(y, row["median"], 0.34, color=colours[p], label=f"dropout {p:g}")
-                times = f", {row['times_as_fast']:.1f}×" if row["times_as_fast"] and row["variant"] != "timm" else ""
-                left.annotate(f" {row['median']:.0f}{times}", (row["median"], y), va="center", fontsize=6.5)
-        left.set_yticks(range(len(names)), [LABELS[name].replace(", ", ",\n", 1) for name in names])
-        left.invert_yaxis()
-        left.set_xlim(0, 1.3 * max(row["median"] for row in rows))
-        left.set_xlabel(f"milliseconds a training step, batch of {BATCHES[0]}")
-        left.grid(axis="y", visible=False)
-        handles, labels = left.get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        left.legend(unique.values(), unique.keys(), loc="lower right")
-
-        colours = {"timm": style.MUTED, "fast": style.BLUE}
-        for name, colour in colours.items():
-            rows = [row for row in result["scaling"].get("batch_size", []) if row["variant"] == name]
-            x, y = [row["batch_size"] for row in rows], [row["images_per_second"] for row in rows]
-            right.plot(x, y, "o-", color=colour, markersize=3, label=LABELS[name])
-        right.set_xscale("log", base=2)
-        right.set_ylim(0)
-        right.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        right.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        right.set_xlabel("batch size, no dropout")
-        right.set_title("images trained a second", color=style.MUTED)
-        right.legend(loc="center right")
-    return figure
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixer.bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="some minutes, to see that it works; writes nothing")
     parser.add_argument("--device", help="cpu, cuda; found when not given")
     parser.add_argument("--variants", nargs="+", choices=LABELS, default=list(LABELS), metavar="VARIANT",
                         help=f"some of {', '.join(LABELS)}")  # fmt: skip
-    parser.add_argument("--draw", type=Path, metavar="FILE", help="only draw a finished measurement")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -384,20 +346,19 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             print(throughput(*map(float, rest)))
         return
-    if options.draw:
-        result = json.loads(options.draw.read_text())
-    else:
-        device = torch.device(options.device) if options.device else find_device()
+    try:
+        device = find_device(options.device)
         result = measure(device, options.quick, options.variants)
         if options.quick:
             return
         machine = f"{result['environment']['device']} {result['environment']['threads']} threads"
         name = re.sub(r"[^a-z0-9]+", "_", machine.lower()) + ".json"
         write_whole(FOLDER / name, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
-        print(f"{FOLDER / name} is written.")
-    from mixer.figures import save
-
-    save(draw(result), "bench")
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped; nothing is written.")
+    print(f"{FOLDER / name} is written.")
 
 
 if __name__ == "__main__":
