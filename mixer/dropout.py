@@ -22,7 +22,7 @@ class Dropout(nn.Module):
         super().__init__()
         if not 0.0 <= p < 1.0:
             raise ValueError(f"dropout_p is a probability below 1, not {p}")
-        self.p = p
+        self.p = float(p)
         self.generator = generator
 
     @property

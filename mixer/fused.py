@@ -36,9 +36,13 @@ def mixing(blocks: nn.ModuleList, x: Tensor) -> Tensor:
     One call for all blocks, because what PyTorch does around a call takes a third of a millisecond while the
     processor's caches are full of images: with a call for each MLP that was a tenth of a training step.
     """
-    bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    parameters = _what_the_operator_serves(blocks, x)
-    if parameters and _available(bfloat16):
+    if not isinstance(blocks, nn.ModuleList):  # nn.Sequential, say, has a forward of its own
+        return blocks(x)
+    blocks = list(blocks)
+    precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+    bfloat16 = precision == torch.bfloat16
+    parameters = _parameters(blocks) if precision == torch.float32 or bfloat16 else None
+    if parameters and _fits(x, parameters) and not _is_transformed() and _available(bfloat16):
         dropout, count = blocks[0].dropout, len(blocks)
         p = dropout.p if dropout.active else 0.0
         seeds = dropout.seeds(count, 4) if p else torch.zeros(count, 4, dtype=torch.int64)
@@ -61,18 +65,19 @@ def fused(
     of each of a block's MLPs within 1 % (relative error of the norm). Otherwise within 1e-6, and gradients 1e-5.
     Output and gradients are the same bit for bit on any number of threads.
 
-    Raises ValueError for tensors that do not fit together, RuntimeError where the operator cannot be had.
+    Raises ValueError for tensors that do not fit together or are too large, RuntimeError where the operator cannot be
+    had and for more than first derivatives.
     """
+    if _is_transformed():
+        _refuse()
     keep = torch.is_grad_enabled()
     return torch.ops.mixer.mixing(x, parameters, seeds, p, bfloat16, skip_connections, keep)[0]
 
 
 def path(blocks: nn.ModuleList, device: torch.device, precision: str) -> str:
     """What ``mixing`` runs for these blocks on a device, in "float32" or "bfloat16": "fused" or "plain"."""
-    if device.type != "cpu" or not _available(precision == "bfloat16"):
-        return "plain"
-    patches = blocks[0].patches_in.in_features
-    return "fused" if _what_the_operator_serves(blocks, torch.zeros(1, patches, CHANNELS)) else "plain"
+    serves = device.type == "cpu" and isinstance(blocks, nn.ModuleList) and _parameters(list(blocks))
+    return "fused" if serves and _available(precision == "bfloat16") else "plain"
 
 
 def multiplies_in_bfloat16() -> bool:
@@ -130,96 +135,115 @@ def _thread_pools() -> tuple[threadpoolctl.ThreadpoolController, Callable[[int],
 
 def operator_computes(block: type[nn.Module]) -> type[nn.Module]:
     """Decorates the class of blocks that the operator computes: exactly this class with exactly this ``forward``."""
+    _BLOCKS.add(block)
     _FORWARD[block] = block.forward
     return block
 
 
+_BLOCKS: set[type[nn.Module]] = set()
 _FORWARD = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, Dropout)}
-_GELU = F.gelu
+_CALL = nn.Module.__call__
+_FUNCTIONS = (F.linear, F.layer_norm, F.gelu)
 
 
-def _what_the_operator_serves(blocks: nn.ModuleList, x: Tensor) -> list[Tensor] | None:
+def _parameters(blocks: list[nn.Module]) -> list[Tensor] | None:
     """The blocks' parameters, where the operator gives what the blocks' own ``forward`` would; else None.
 
-    Asked at every call, since a model can be changed at any time; it takes a tenth of a millisecond.
+    Asked at every call, since a model can be changed at any time. It looks into the modules' dictionaries, which takes
+    a tenth of a millisecond less than their attributes do.
     """
-    if not (
-        _WANTED
-        and type(x) is Tensor
-        and x.ndim == 3
-        and _is_plain(x)
-        and len(blocks) > 0
-        and F.gelu is _GELU
-        and not _has_any_global_hook()
-        and not _is_transformed()
-    ):
+    if not _WANTED or not blocks or _has_any_global_hook() or not _classes_are_as_written():
         return None
-    first, parameters = blocks[0], []
+    first, parameters = None, []
     for block in blocks:
-        of_block = _parameters_of_a_block_as_written(block, x.shape[1])
-        if not of_block or block.skip_connections is not first.skip_connections:
+        if type(block) not in _BLOCKS or not _is_as_written(block):
             return None
-        if not _drop_alike(block.dropout, first.dropout):
+        layer, dropout, skip = block._modules.get, block._modules.get("dropout"), block.__dict__.get("skip_connections")
+        for mlp in ("patches", "channels"):
+            of_mlp = _parameters_of_an_mlp(layer(f"{mlp}_norm"), layer(f"{mlp}_in"), layer(f"{mlp}_out"))
+            if not of_mlp or (mlp == "channels" and of_mlp[5].shape[0] != CHANNELS):
+                return None
+            parameters += of_mlp
+        if type(skip) is not bool or type(dropout) is not Dropout or not _is_as_written(dropout):
             return None
-        parameters += of_block
+        settings = (skip, dropout.p, dropout.generator) if dropout.active else (skip, 0.0, None)
+        first = first or settings
+        if settings != first or type(settings[1]) is not float or settings[1] >= 1:
+            return None
     # One parameter in two places is another model than the operator's, whatever else is as it was.
-    return parameters if len(set(parameters)) == len(parameters) else None
+    return parameters if len(set(map(id, parameters))) == len(parameters) else None
 
 
-def _parameters_of_a_block_as_written(block: nn.Module, patches: int) -> list[Tensor] | None:
-    """None unless block and layers are exactly of the classes, sizes and settings that the operator knows."""
-    if type(block) not in _FORWARD or not _is_untouched(block) or type(block.skip_connections) is not bool:
+def _parameters_of_an_mlp(norm: nn.Module, into: nn.Module, out: nn.Module) -> list[Tensor] | None:
+    """None unless the layers are exactly of the classes, sizes and settings that the operator knows."""
+    if not (type(norm) is nn.LayerNorm and type(into) is nn.Linear and type(out) is nn.Linear):
         return None
-    parameters = []
-    for features, norm, into, out in (
-        (patches, block.patches_norm, block.patches_in, block.patches_out),
-        (CHANNELS, block.channels_norm, block.channels_in, block.channels_out),
-    ):
-        if not (type(norm) is nn.LayerNorm and type(into) is nn.Linear and type(out) is nn.Linear):
-            return None
-        if not (_is_untouched(norm) and _is_untouched(into) and _is_untouched(out)):
-            return None
-        if norm.normalized_shape != (CHANNELS,) or norm.eps != EPS:
-            return None
-        of_mlp = [norm.weight, norm.bias, into.weight, into.bias, out.weight, out.bias]
-        if not all(type(tensor) in (nn.Parameter, Tensor) and _is_plain(tensor) for tensor in of_mlp):
-            return None
-        hidden = out.weight.shape[-1:].numel()
-        shapes = ((CHANNELS,), (CHANNELS,), (hidden, features), (hidden,), (features, hidden), (features,))
-        if hidden == 0 or any(tensor.shape != shape for tensor, shape in zip(of_mlp, shapes, strict=True)):
-            return None
-        parameters += of_mlp
-    return parameters
+    if not (_is_as_written(norm) and _is_as_written(into) and _is_as_written(out)):
+        return None
+    if norm.normalized_shape != (CHANNELS,) or norm.eps != EPS:
+        return None
+    tensors = [layer._parameters.get(name) for layer in (norm, into, out) for name in ("weight", "bias")]
+    if not all(type(tensor) in (nn.Parameter, Tensor) and _is_plain(tensor) for tensor in tensors):
+        return None
+    return tensors if _fit_together(tensors) else None
 
 
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether nothing stands in for the ``forward`` of its class, and no hook hangs on it (pruning, say, is a hook)."""
-    own = module.__dict__
-    return (
-        type(module).forward is _FORWARD[type(module)]
-        and "forward" not in own
-        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
-        and not own["_backward_pre_hooks"]
+def _fit_together(of_mlp: list[Tensor]) -> bool:
+    gamma, beta, w1, b1, w2, b2 = [tensor.shape for tensor in of_mlp]
+    return len(w1) == 2 and 0 not in w1 and gamma == beta == (CHANNELS,) and (b1, w2, b2) == (w1[:1], w1[::-1], w1[1:])
+
+
+def _classes_are_as_written() -> bool:
+    """Whether nobody has put something in place of a function or method that the operator stands for."""
+    return (F.linear, F.layer_norm, F.gelu) == _FUNCTIONS and all(
+        cls.forward is forward and cls.__call__ is _CALL for cls, forward in _FORWARD.items()
     )
 
 
-def _drop_alike(one: nn.Module, other: nn.Module) -> bool:
-    if type(one) is not Dropout or type(other) is not Dropout or not _is_untouched(one):
-        return False
-    if not (one.active or other.active):
-        return True
-    return one.active == other.active and one.p == other.p and one.p < 1 and one.generator is other.generator
+def _is_as_written(module: nn.Module) -> bool:
+    """Whether nothing of the module's own hides what its class does, and no hook hangs on it (pruning, say, is one)."""
+    own = module.__dict__
+    return (
+        not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
+        and "forward" not in own
+        and not own.keys() & own["_modules"].keys()
+        and not own.keys() & own["_parameters"].keys()
+    )
 
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.layout is torch.strided
 
 
+def _fits(x: Tensor, parameters: list[Tensor]) -> bool:
+    return (
+        type(x) is Tensor
+        and _is_plain(x)
+        and x.ndim == 3
+        and x.shape[2] == CHANNELS
+        and all(w1.shape[1] == x.shape[1] for w1 in parameters[2::12])
+        and not _is_too_large(x, parameters)
+    )
+
+
+def _is_too_large(x: Tensor, parameters: list[Tensor]) -> bool:
+    """Whether some count in fused.cpp would not fit into its 32 bits, or the rows of dropout.py into theirs."""
+    features = max(x.shape[1], CHANNELS)
+    hidden = max(w1.shape[0] for w1 in parameters[2::6])
+    return features * max(hidden, 128) >= 2**30 or features * x.shape[0] >= 2**31
+
+
 def _is_transformed() -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation is at work, which the operator has no rules for."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Whether ``torch.func`` or forward-mode differentiation is at work, which the operator has no rules for.
+
+    Or whether the model is recorded for another place, which may not have the operator.
+    """
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -267,37 +291,32 @@ def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-def _check(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool) -> None:
+def _check(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, *likes: Tensor) -> None:
     """Raises ValueError unless everything is what the library takes it to be."""
-
-    def check(tensor: Tensor, name: str, *shape: int) -> None:
+    for tensor in (x, *parameters, *likes):
         if not _is_plain(tensor):
-            raise ValueError(f"{name} has to be float32 on the CPU, not {tensor.dtype} on {tensor.device}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has to be {shape}, not {tuple(tensor.shape)}")
-
-    if x.ndim != 3:
+            raise ValueError(f"tensors have to be float32 on the CPU, not {tensor.dtype} on {tensor.device}")
+    if x.ndim != 3 or x.shape[2] != CHANNELS:
         raise ValueError(f"x has to be (batch, patches, {CHANNELS}), not {tuple(x.shape)}")
-    check(x, "x", *x.shape[:2], CHANNELS)
     if not parameters or len(parameters) % 12:
         raise ValueError(f"there have to be twelve parameters a block, not {len(parameters)} in all")
     for i in range(0, len(parameters), 6):
-        features, names = (CHANNELS, "channel") if i % 12 else (x.shape[1], "token")
-        block = f"of block {i // 12}'s {names} mixing"
-        gamma, beta, w1, b1, w2, b2 = parameters[i : i + 6]
-        if w1.ndim != 2 or w1.shape[0] == 0 or features == 0:
-            raise ValueError(f"W1 {block} has to be (hidden units, {features}), not {tuple(w1.shape)}")
-        hidden = w1.shape[0]
-        check(gamma, f"LayerNorm's weight {block}", CHANNELS)
-        check(beta, f"LayerNorm's bias {block}", CHANNELS)
-        check(w1, f"W1 {block}", hidden, features)
-        check(b1, f"b1 {block}", hidden)
-        check(w2, f"W2 {block}", features, hidden)
-        check(b2, f"b2 {block}", features)
-    if seeds.dtype != torch.int64 or seeds.device.type != "cpu" or seeds.shape != (len(parameters) // 12, 4):
+        of_mlp, features = parameters[i : i + 6], CHANNELS if i % 12 else x.shape[1]
+        if not _fit_together(of_mlp) or of_mlp[5].shape[0] != features:
+            mlp, shapes = "channel" if i % 12 else "token", [tuple(tensor.shape) for tensor in of_mlp]
+            raise ValueError(
+                f"the parameters of block {i // 12}'s {mlp} mixing have to be LayerNorm's ({CHANNELS},) and"
+                f" ({CHANNELS},), W1 (hidden, {features}), b1 (hidden,), W2 ({features}, hidden), b2 ({features},),"
+                f" not {', '.join(map(str, shapes))}"
+            )
+    if _is_too_large(x, parameters):
+        raise ValueError("the operator is not made for so many patches, hidden units or images at once")
+    if seeds.dtype != torch.int64 or not seeds.is_cpu or seeds.shape != (len(parameters) // 12, 4):
         raise ValueError(f"seeds have to be int64 (blocks, 4) on the CPU, not {seeds.dtype} {tuple(seeds.shape)}")
     if not 0 <= p < 1:
         raise ValueError(f"p is a probability below 1, not {p}")
+    if forward_ad._current_level >= 0:
+        _refuse()
     if _library() is None:
         raise RuntimeError("the operator could not be built here: use MixerBlock, the plain formula")
     if bfloat16 and not _library().mixing_has_bfloat16():
@@ -330,10 +349,10 @@ def _mixing_backward(
     skip: bool,
 ) -> list[Tensor]:
     """The gradients of x and of the parameters."""
-    _check(x, parameters, seeds, p, bfloat16)
+    _check(x, parameters, seeds, p, bfloat16, grad, stream)
     for name, tensor, shape in (("grad", grad, x.shape), ("stream", stream, _stream_shape(x, parameters, True))):
-        if not _is_plain(tensor) or tensor.shape != shape:
-            raise ValueError(f"{name} has to be float32 {tuple(shape)} on the CPU, not {tuple(tensor.shape)}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has to be {tuple(shape)}, not {tuple(tensor.shape)}")
     grad, x, stream, seeds, *parameters = _contiguous([grad, x, stream, seeds, *parameters])
     if not x.numel():
         return [torch.zeros_like(t) for t in (x, *parameters)]
@@ -369,17 +388,24 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad, _):
     if grad is None:
         return None, [None] * len(ctx.saved_tensors[3:]), None, None, None, None, None
+    if torch._C._functorch.is_legacy_batchedtensor(grad):  # torch.autograd.grad(..., is_grads_batched=True)
+        _refuse()
     x, stream, seeds, *parameters = ctx.saved_tensors
     d_x, *gradients = torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, ctx.p, ctx.bfloat16, ctx.skip)
     return d_x, gradients, None, None, None, None, None
 
 
-def _refuse(ctx, *_):
-    raise RuntimeError("the operator has no second derivatives: set MIXER_FUSED=0 for the plain formula, which has")
+def _refuse(*_):
+    raise RuntimeError(
+        "the operator has first derivatives only, and none of torch.func's transforms or forward mode:"
+        " set MIXER_FUSED=0 for the plain formula, which has them all"
+    )
 
 
 _mixing.register_autograd(_differentiate, setup_context=_save)
 _mixing_backward.register_autograd(_refuse)
+_mixing.register_vmap(_refuse)
+_mixing_backward.register_vmap(_refuse)
 
 
 @functools.cache

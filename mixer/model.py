@@ -139,7 +139,8 @@ class MlpMixer(nn.Module):
         x = self.stem(images).to(images.dtype)  # under autocast only products are bfloat16, not what is added up
         x = mixing(self.blocks, x)
         x = self.norm(x).mean(dim=1)
-        with torch.autocast(images.device.type, enabled=False):  # in bfloat16 the best two logits are often equal
+        device = "cpu" if images.is_meta else images.device.type  # "meta", which only counts, has no autocast
+        with torch.autocast(device, enabled=False):  # in bfloat16 the best two logits are often equal
             return self.head(x.to(images.dtype))
 
     def _check(self, images: Tensor) -> None:
