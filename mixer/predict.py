@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
+from mixer import fused
 from mixer.data import CLASSES, normalise
 from mixer.grid import RESULTS
 from mixer.model import MlpMixer
@@ -29,10 +30,10 @@ def classify(picture: Path | str | Image.Image | np.ndarray, weights: Path | str
 
     Raises ValueError, which says in one sentence what is wrong with either.
     """
-    model = load_model(weights)
-    side = math.isqrt(model.num_patches)
-    image = prepare(picture, (side * model.patch_size[0], side * model.patch_size[1]))
-    with torch.inference_mode():
+    with torch.inference_mode(), fused.threads_for_the_operator():
+        model = load_model(weights)
+        side = math.isqrt(model.num_patches)
+        image = prepare(picture, (side * model.patch_size[0], side * model.patch_size[1]))
         probabilities = model(normalise(torch.from_numpy(image)[None])).softmax(dim=1)[0].numpy()
     names = CLASSES if model.num_classes == len(CLASSES) else range(model.num_classes)
     return pd.Series(probabilities, index=names, name="probability").sort_values(ascending=False, kind="stable")
