@@ -26,7 +26,7 @@ from mixer import data as fashion_mnist
 from mixer.data import DataError
 from mixer.records import Record, RecordError, best_epoch, check_writable, read_record, write_record, write_whole
 from mixer.runs import train
-from mixer.train import Config, find_device, find_precision
+from mixer.train import RECIPES, Config, find_device, find_precision, part_of
 from mixer.workers import Workers, cores, in_words
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -46,17 +46,27 @@ class GridError(RuntimeError):
 
 
 def grid(
-    lrs: Iterable[float] = LRS,
-    dropouts: Iterable[float] = DROPOUTS,
-    batch_sizes: Iterable[int] = BATCH_SIZES,
+    lrs: Iterable[float] | None = None,
+    dropouts: Iterable[float] | None = None,
+    batch_sizes: Iterable[int] | None = None,
     seeds: Iterable[int] = (0,),
+    recipe: str | None = None,
     **others: Any,
 ) -> list[Config]:
     """The configs of a parameter grid; without arguments the coursework's eight.
 
+    ``recipe``: one of ``RECIPES``, whose values stand where none are given here.
     ``others``: any other fields of ``Config``, each with one value or with a list of values:
     ``grid(seeds=range(3), num_epochs=10, num_blocks=[1, 2, 4])``. Raises ValueError, TypeError.
     """
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"recipe is {recipe!r}, but it has to be one of {', '.join(RECIPES)}")
+    base = Config(**RECIPES[recipe]) if recipe else None
+    lrs = lrs if lrs is not None else [base.lr] if base else LRS
+    dropouts = dropouts if dropouts is not None else [base.dropout_p] if base else DROPOUTS
+    batch_sizes = batch_sizes if batch_sizes is not None else [base.batch_size] if base else BATCH_SIZES
+    others = RECIPES.get(recipe, {}) | others
+    others = {name: value for name, value in others.items() if name not in ("lr", "dropout_p", "batch_size")}
     lists = [values if isinstance(values, list) else [values] for values in others.values()]
     return [
         Config(lr=lr, dropout_p=dropout_p, batch_size=batch_size, seed=seed, **dict(zip(others, rest, strict=True)))
@@ -251,9 +261,8 @@ def _check_as_asked_for(
     if precision is not None:
         wanted["precision"] = precision
     if data is not None:
-        used = fashion_mnist.load_folder(data)
-        wanted["data"] = (used if config.limit is None else used.first(config.limit)).sha256
-    elif config.limit is None:
+        wanted["data"] = part_of(fashion_mnist.load_folder(data), config).sha256
+    elif config.limit is None and not config.validation:
         wanted["data"] = fashion_mnist.SHA256
     others = [name for name in made if made[name] != wanted[name]]
     if others:
@@ -310,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     values("--dropout", dest="dropouts", type=float, **several, help=f"probabilities ({_words(DROPOUTS)})")
     values("--batch-size", dest="batch_sizes", type=int, **several, help=f"images ({_words(BATCH_SIZES)})")
     values("--seeds", type=int, **several, help="each runs the whole grid (0)")
+    values("--recipe", choices=list(RECIPES), help="a named config, whose values stand where none are given here")
     for field in dataclasses.fields(Config):
         if field.name not in ("lr", "dropout_p", "batch_size", "seed"):
             option, default = f"--{field.name.replace('_', '-')}", field.default

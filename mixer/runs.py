@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from logging import getLogger
@@ -25,7 +26,7 @@ from mixer import fused
 from mixer.data import Data
 from mixer.model import MlpMixer
 from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, write_whole
-from mixer.train import Config, Diverged, Training, find_device, find_precision
+from mixer.train import Config, Diverged, Training, find_device, find_precision, part_of
 
 CHECKPOINT_FORMAT = 2
 
@@ -49,7 +50,7 @@ def train(
 
     device: CUDA when not given, else Apple's MPS, else the CPU.
     precision: "bfloat16" (autocast) or "float32"; when not given, bfloat16 where the hardware computes in it.
-    data: Fashion-MNIST when not given; of any, the first ``config.limit`` training images.
+    data: Fashion-MNIST when not given; of any, what ``config`` says (``limit``, ``validation``).
     checkpoint: a file that is written after every epoch, and from which a run that was cut off goes on.
     weights: a safetensors file for the weights of the epoch with the best test accuracy.
     on_epoch: called after every epoch with its row of the history, and the model, in evaluation mode.
@@ -66,9 +67,7 @@ def train(
     files = {Path(path): path for path in (checkpoint, weights) if path is not None}
     for file in files:
         check_writable(file)
-    data = fashion_mnist.load(device) if data is None else data.to(device)
-    if config.limit is not None:
-        data = data.first(config.limit)
+    data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
     with fused.threads_for_the_operator():
         run = _Run(Training(config, device, precision, data))
         if checkpoint is not None:
@@ -80,7 +79,7 @@ def train(
                     if checkpoint is not None:
                         run.save(Path(checkpoint))
                     if on_epoch is not None and run.diverged is None:
-                        on_epoch(dict(run.history[-1]), run.training.model.eval())
+                        on_epoch(dict(run.history[-1]), run.training.tested.eval())
         except KeyboardInterrupt:
             raise Interrupted(run.history, config.num_epochs) from None
         record = {
@@ -92,7 +91,7 @@ def train(
         }
     if weights is not None and run.best_weights is not None:
         write_whole(Path(weights), _safetensors(run.best_weights, config, best_epoch(record)["epoch"]))
-    return (record, run.training.model.eval()) if return_model else record
+    return (record, run.training.tested.eval()) if return_model else record
 
 
 class Interrupted(KeyboardInterrupt):
@@ -134,7 +133,7 @@ class _Run:
             self.diverged = {"epoch": reason.epoch, "step": reason.step}
             return
         if epoch["test_accuracy"] > max((e["test_accuracy"] for e in self.history), default=-1.0):
-            state = self.training.model.state_dict()
+            state = self.training.tested.state_dict()
             self.best_weights = {name: weight.to("cpu", copy=True) for name, weight in state.items()}
         self.history.append(epoch | {"seconds": round(time.perf_counter() - start, 3)})
         bar.epoch_done(epoch)
@@ -153,8 +152,7 @@ class _Run:
     def save(self, checkpoint: Path) -> None:
         state = {
             "key": self._key,
-            "model": self.training.model.state_dict(),
-            "optimiser": self.training.optimiser.state_dict(),
+            "training": self.training.state_dict(),
             "history": self.history,
             "diverged": self.diverged,
             "best_weights": self.best_weights,
@@ -189,11 +187,9 @@ class _Run:
         state = torch.load(io.BytesIO(content), map_location=self.training.device, weights_only=True)
         if state["key"] != self._key:
             raise ValueError("it was made by other code, data, config, device or precision")
-        self.training.model.load_state_dict(state["model"])
-        self.training.optimiser.load_state_dict(state["optimiser"])
+        self.training.load_state_dict(state["training"])
         self.history, self.diverged = state["history"], state["diverged"]
         self.best_weights = state["best_weights"] and {k: w.cpu() for k, w in state["best_weights"].items()}
-        self.training.epoch = len(self.history)
 
 
 def _before(checkpoint: Path) -> Path:
@@ -265,3 +261,6 @@ class _Bar(tqdm):
         self.set_description_str(
             f" epoch {epoch}/{self.config.num_epochs} loss {loss:.4f}{self.accuracies} {self.config.name}"
         )
+
+
+_Bar.set_lock(threading.RLock())  # tqdm's own would be a semaphore of the system, which a killed process leaves behind

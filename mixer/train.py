@@ -18,12 +18,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mixer import fused
-from mixer.data import Data, normalise
+from mixer.data import Data, augment, normalise, validation_split
 from mixer.model import MlpMixer
 
 EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden layer near 100 MB
+
+
+# Named configs: what differs from the coursework's.
+RECIPES: dict[str, dict[str, Any]] = {
+    "coursework": {},
+    # The coursework's model trained as one would today; the dropout and batch size of its best set.
+    "modern": {
+        "lr": 0.02,
+        "dropout_p": 0.1,
+        "optimiser": "muon",
+        "weight_decay": 0.01,
+        "schedule": "linear",
+        "flip": True,
+        "shift": 2,
+        "average": 0.998,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,13 @@ class Config:
     patches_mlp_dim: int = 1024
     channels_mlp_dim: int = 512
     skip_connections: bool = True
+    optimiser: str = "adam"  # one of OPTIMISERS
+    weight_decay: float = 0.0
+    schedule: str = "constant"  # or "linear": up during the first epoch, then down to 0
+    flip: bool = False  # mirror half of the training images, drawn anew in every epoch
+    shift: int = 0  # move each by up to so many pixels
+    average: float = 0.0  # what is tested is the weights' moving average, which keeps so much of itself a step
+    validation: bool = False  # a twelfth of the training images is held out, and stands for the test images
 
     def __post_init__(self) -> None:
         self._keep("lr", _real, lambda lr: 0 < lr < math.inf, "a positive number like 0.01")
@@ -55,7 +80,13 @@ class Config:
         if self.limit is not None:
             self._keep("limit", _whole, lambda n: n > 0, "None or a whole number above 0")
         self._keep("patch_size", _pair, lambda pair: min(pair) > 0, "one or two whole numbers above 0")
-        self._keep("skip_connections", _flag, lambda _: True, "True or False")
+        for name in ("skip_connections", "flip", "validation"):
+            self._keep(name, _flag, lambda _: True, "True or False")
+        self._keep("optimiser", str, lambda name: name in OPTIMISERS, f"one of {', '.join(OPTIMISERS)}")
+        self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
+        self._keep("schedule", str, lambda name: name in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._keep("shift", _whole, lambda pixels: pixels >= 0, "0 or a whole number of pixels")
+        self._keep("average", _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
 
     def _keep(self, name: str, kind: Callable[[Any], Any], fits: Callable[[Any], bool], wanted: str) -> None:
         given = getattr(self, name)
@@ -81,6 +112,13 @@ class Config:
             "patches_mlp_dim": f"tokenmlp{self.patches_mlp_dim}",
             "channels_mlp_dim": f"channelmlp{self.channels_mlp_dim}",
             "skip_connections": "noskip",
+            "optimiser": self.optimiser,
+            "weight_decay": f"decay{_digits(self.weight_decay)}",
+            "schedule": self.schedule,
+            "flip": "flip",
+            "shift": f"shift{self.shift}",
+            "average": f"average{_digits(self.average)}",
+            "validation": "validation",
         }
         return "_".join(parts + [label for field, label in labels.items() if getattr(self, field) != _DEFAULTS[field]])
 
@@ -120,11 +158,50 @@ def _digits(value: float) -> str:
     return repr(value).removesuffix(".0")
 
 
-class Training:
-    """A run between two epochs: its model, optimiser and number of finished epochs.
+def _optimiser(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[..., list[torch.optim.Optimizer]]:
+    return lambda model, lr, weight_decay, **fused: [
+        kind(model.parameters(), lr=lr, weight_decay=weight_decay, **settings, **fused)
+    ]
 
-    device, precision: as ``find_device`` and ``find_precision`` give them. data: on the device.
-    Raises ValueError when the patches do not tile the images.
+
+def _muon(model: MlpMixer, lr: float, weight_decay: float, **fused: bool) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW with 0.15 of its learning rate for the rest."""
+    matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
+    rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay),
+        torch.optim.AdamW(rest, lr=0.15 * lr, weight_decay=weight_decay, **fused),
+    ]
+
+
+OPTIMISERS = {
+    "adam": _optimiser(torch.optim.Adam),
+    "adamw": _optimiser(torch.optim.AdamW),
+    "sgd": _optimiser(torch.optim.SGD),
+    "momentum": _optimiser(torch.optim.SGD, momentum=0.9),
+    "rmsprop": lambda model, lr, weight_decay, **_: [
+        torch.optim.RMSprop(model.parameters(), lr=lr, weight_decay=weight_decay)
+    ],
+    "muon": _muon,
+}
+# The share of the learning rate by what is done of the training and the share of it that the first epoch is.
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "constant": lambda done, first: 1.0,
+    "linear": lambda done, first: done / first if done <= first else (1 - done) / (1 - first),
+}
+
+
+def part_of(data: Data, config: Config) -> Data:
+    """What of the data a run is trained and tested on. Raises ValueError when there are fewer images than ``limit``."""
+    data = validation_split(data) if config.validation else data
+    return data if config.limit is None else data.first(config.limit)
+
+
+class Training:
+    """A run between two epochs: its model, optimisers and number of finished epochs.
+
+    device, precision: as ``find_device`` and ``find_precision`` give them. data: what ``part_of`` gives, on the device.
+    ``tested`` is the model that is tested and kept: the average, if there is one.
     """
 
     def __init__(self, config: Config, device: torch.device, precision: str, data: Data):
@@ -145,11 +222,33 @@ class Training:
             skip_connections=config.skip_connections,
             generator=self.generator,
         ).to(device)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=device.type != "mps")
+        fused = {"fused": device.type != "mps"}
+        self.optimisers = OPTIMISERS[config.optimiser](self.model, config.lr, config.weight_decay, **fused)
+        self.average, self.tested = None, self.model
+        if config.average:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.average))
+            self.tested = self.average.module
 
     def _start_generator(self) -> None:
         """What an epoch draws (its order, its dropout) follows from seed and epoch; before the first: the weights."""
         self.generator.manual_seed(self.config.seed * 1_000_003 + self.epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an epoch that follows depends on, but for config and data."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -169,11 +268,15 @@ class Training:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.train()
         for step, batch in enumerate(order.split(self.config.batch_size)):
-            logits = self._logits(self.data.train_images[batch])
+            logits = self._logits(self._augmented(self.data.train_images[batch]))
             loss = F.cross_entropy(logits, labels[batch])
-            self.optimiser.zero_grad()
+            self.model.zero_grad()
             loss.backward()
-            self.optimiser.step()
+            self._set_learning_rate(step)
+            for optimiser in self.optimisers:
+                optimiser.step()
+            if self.average is not None:
+                self.average.update_parameters(self.model)
             losses[step] = loss.detach()
             correct += (logits.argmax(dim=1) == labels[batch]).sum()
             on_step(losses[step])
@@ -194,12 +297,23 @@ class Training:
     def evaluate(self) -> tuple[float, float]:
         """Mean loss and accuracy on the test images."""
         data, loss, correct = self.data, torch.zeros((), dtype=torch.float64), 0
-        batches = predict(self.model, data.test_images, self.precision, data.pixel_mean, data.pixel_std)
+        batches = predict(self.tested, data.test_images, self.precision, data.pixel_mean, data.pixel_std)
         for logits, labels in zip(batches, data.test_labels.split(EVAL_BATCH), strict=True):
             loss += F.cross_entropy(logits, labels, reduction="sum").cpu().double()
             correct += int((logits.argmax(dim=1) == labels).sum())
         count = len(data.test_labels)
         return float(loss) / count, correct / count
+
+    def _set_learning_rate(self, step: int) -> None:
+        done = (self.epoch - 1 + (step + 1) / self.steps_per_epoch) / self.config.num_epochs
+        share = SCHEDULES[self.config.schedule](done, 1 / self.config.num_epochs)
+        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
+            group["lr"] = share * group.setdefault("initial_lr", group["lr"])
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        if not (self.config.flip or self.config.shift):
+            return images
+        return augment(images, self.generator, self.config.flip, self.config.shift)
 
     def _logits(self, images: Tensor) -> Tensor:
         with autocast(self.device, self.precision):

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from mixer import data as module
+from mixer import fetch
 from mixer.data import SHA256, Data, DataError, load_folder, normalise, validation_split
 
 NAMES = tuple(SHA256)
@@ -199,9 +200,9 @@ def test_a_folder_of_ones_own_that_is_not_there(tmp_path, folder):
 def package(tmp_path, monkeypatch) -> Path:
     """A folder like that of Debian's package, not yet installed; there is no network, and no apt."""
     data = own_data()
-    monkeypatch.setattr(module, "SHA256", data.sha256)
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", tmp_path / "not-installed")
-    monkeypatch.setattr(module.FashionMNIST, "mirrors", [])
+    monkeypatch.setattr(fetch, "SHA256", data.sha256)
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", tmp_path / "not-installed")
+    monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [])
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("no_proxy", "*")
     return write_idx(tmp_path / "package", data, packed=True)
@@ -215,7 +216,7 @@ def raw(tmp_path, monkeypatch) -> Path:
 
 
 def complete(raw: Path) -> bool:
-    return contents(raw).keys() == set(NAMES) and load_folder(raw).sha256 == module.SHA256
+    return contents(raw).keys() == set(NAMES) and load_folder(raw).sha256 == fetch.SHA256
 
 
 @contextlib.contextmanager
@@ -291,20 +292,20 @@ FAULTS = {  # what the server does, given the name and the right content
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_network_is_named_and_the_next_mirror_tried(raw, package, monkeypatch, fault):
-    monkeypatch.setattr(module, "REPLY_TIMEOUT", 0.3)
+    monkeypatch.setattr(fetch, "REPLY_TIMEOUT", 0.3)
     answer, words = FAULTS[fault]
     with (
         server(lambda connection, name: answer(connection, name, (package / name).read_bytes())) as bad,
         server(lambda connection, name: reply(connection, (package / name).read_bytes())) as good,
     ):
-        monkeypatch.setattr(module.FashionMNIST, "mirrors", [bad])
+        monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [bad])
         with pytest.raises(
             DataError, match=rf"torchvision's mirror \S+: [^;]*{words}.*; apt-get .*make data"
         ) as caught:
-            module.prepare()
+            fetch.prepare()
         assert contents(raw) == {} and "\n" not in str(caught.value)
-        monkeypatch.setattr(module.FashionMNIST, "mirrors", [bad, good])
-        module.prepare()
+        monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [bad, good])
+        fetch.prepare()
     assert complete(raw)
 
 
@@ -320,24 +321,24 @@ def test_a_fault_of_the_network_is_named_and_the_next_mirror_tried(raw, package,
 def test_a_mirror_that_is_not_there(raw, package, monkeypatch, url, words):
     with server(lambda connection, name: reply(connection, b"")) as address:
         mirror = url.format(server=address.split("/")[2])
-        monkeypatch.setattr(module.FashionMNIST, "mirrors", [mirror])
+        monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [mirror])
         with pytest.raises(DataError, match=rf"torchvision's mirror \S+: [^;]*{words}[^;]*; apt-get .*make data"):
-            module.prepare()
+            fetch.prepare()
     assert contents(raw) == {}
 
 
 def test_the_installed_package_comes_first(raw, package, monkeypatch):
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
-    module.prepare()
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
+    fetch.prepare()
     assert complete(raw)
 
 
 def test_a_damaged_package_is_passed_over(raw, package, monkeypatch):
     path = package / f"{NAMES[2]}.gz"
     path.write_bytes(path.read_bytes()[:-20])
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
     with pytest.raises(DataError, match=f"{package}: {path.name} was cut short;"):
-        module.prepare()
+        fetch.prepare()
     assert contents(raw) == {}
 
 
@@ -372,14 +373,14 @@ def test_apt(raw, package, tmp_path, monkeypatch, system):
         path = tmp_path / "bin" / name
         path.write_text(script.replace("{package}", str(package)), encoding="utf-8", errors="surrogateescape")
         path.chmod(0o755)
-    monkeypatch.setattr(module, "APT_TIMEOUT", 0.1 if system == "hanging" else 60)
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", Path("/usr/share/fashion-mnist"))
+    monkeypatch.setattr(fetch, "APT_TIMEOUT", 0.1 if system == "hanging" else 60)
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", Path("/usr/share/fashion-mnist"))
     if sentence is None:
-        module.prepare()
+        fetch.prepare()
         assert complete(raw)
     else:
         with pytest.raises(DataError, match=f"apt-get download: {sentence}"):
-            module.prepare()
+            fetch.prepare()
         assert contents(raw) == {}
 
 
@@ -388,8 +389,8 @@ def test_apt(raw, package, tmp_path, monkeypatch, system):
 
 @pytest.mark.parametrize("kind", ["another file", "shorter", "a folder", "a dangling link", "a pipe", "unreadable"])
 def test_what_somebody_has_there_is_left_alone(raw, package, monkeypatch, kind):
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
-    module.prepare()
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
+    fetch.prepare()
     path = raw / NAMES[1]
     content = path.read_bytes()
     path.unlink()
@@ -406,14 +407,14 @@ def test_what_somebody_has_there_is_left_alone(raw, package, monkeypatch, kind):
     sentences = {"another file": "is another file than", "shorter": "is another file than"}
     sentences |= {"a folder": "is not a file", "a pipe": "is not a file"}
     with pytest.raises(DataError, match=sentences.get(kind, "cannot be read")) as caught:
-        module.prepare()
+        fetch.prepare()
     assert str(path) in str(caught.value) and "damaged" not in str(caught.value) and "delete" not in str(caught.value)
     after = {path.name: path.lstat() for path in raw.iterdir()}
     assert {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in before.items()} == {
         name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in after.items()
     }
     path.rename(raw / "moved-away")  # as the sentence says
-    module.prepare()
+    fetch.prepare()
     (raw / "moved-away").rename(raw.parent / "moved-away")
     assert complete(raw)
 
@@ -424,8 +425,8 @@ def test_only_what_is_missing_is_fetched(raw, package, monkeypatch):
     before = {name: (raw / name).stat().st_ino for name in contents(raw)}
     for name in before:
         (package / f"{name}.gz").unlink()
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
-    module.prepare()
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
+    fetch.prepare()
     assert complete(raw) and all((raw / name).stat().st_ino == inode for name, inode in before.items())
 
 
@@ -435,9 +436,9 @@ def test_a_file_put_there_meanwhile_is_left_alone(raw, package, monkeypatch):
         reply(connection, (package / name).read_bytes())
 
     with server(answer) as mirror:
-        monkeypatch.setattr(module.FashionMNIST, "mirrors", [mirror])
+        monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [mirror])
         with pytest.raises(DataError, match=f"{NAMES[0]} is another file"):
-            module.prepare()
+            fetch.prepare()
     assert (raw / NAMES[0]).read_bytes() == b"my own"
 
 
@@ -452,7 +453,7 @@ def test_the_data_folder_may_be_anywhere(package, tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MIXER_DATA", place)
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
     module.main()
     where = {"~/data": tmp_path / "home" / "data", "link": tmp_path / "elsewhere"}.get(place, tmp_path / place)
     assert complete(where / "FashionMNIST" / "raw")
@@ -478,7 +479,7 @@ def test_a_data_folder_that_cannot_be(package, tmp_path, monkeypatch, place, sen
     (tmp_path / "raw-is-a-file" / "FashionMNIST").mkdir(parents=True)
     (tmp_path / "raw-is-a-file" / "FashionMNIST" / "raw").touch()
     monkeypatch.setenv("MIXER_DATA", place.format(tmp=tmp_path))
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
     with pytest.raises(SystemExit, match=sentence):
         module.main()
 
@@ -487,26 +488,26 @@ def test_a_data_folder_that_cannot_be(package, tmp_path, monkeypatch, place, sen
 def test_a_data_folder_without_permission(raw, package, monkeypatch):
     raw.mkdir(parents=True)
     raw.chmod(0o555)
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
     with pytest.raises(DataError, match=r"cannot be written.*Permission denied.*set MIXER_DATA"):
-        module.prepare()
+        fetch.prepare()
 
 
 def test_a_full_disk(raw, package, monkeypatch):
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
-    monkeypatch.setattr(module, "NEEDED_BYTES", 10**18)
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
+    monkeypatch.setattr(fetch, "NEEDED_BYTES", 10**18)
     with pytest.raises(DataError, match=r"cannot be written.*the disk is full.*1000000000000 MB"):
-        module.prepare()
+        fetch.prepare()
 
 
 def test_a_disk_that_becomes_full(raw, package, monkeypatch):
     """A real write that fails: the kernel refuses files over 1 kB."""
-    monkeypatch.setattr(module, "DEBIAN_FOLDER", package)
+    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
         with pytest.raises(DataError, match=r"cannot be written.*File too large"):
-            module.prepare()
+            fetch.prepare()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert contents(raw) == {}
@@ -517,9 +518,9 @@ def test_a_disk_that_becomes_full(raw, package, monkeypatch):
 
 def test_two_processes_at_once_and_one_killed(raw, package):
     (raw / ".incoming-killed").mkdir(parents=True)  # what a killed process leaves
-    code = f"""from mixer import data; from pathlib import Path
-data.DEBIAN_FOLDER, data.SHA256 = Path({str(package)!r}), {module.SHA256}
-data.prepare()"""
+    code = f"""from mixer import fetch; from pathlib import Path
+fetch.DEBIAN_FOLDER, fetch.SHA256 = Path({str(package)!r}), {fetch.SHA256}
+fetch.prepare()"""
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
     assert [process.wait(60) for process in processes] == [0, 0]
     assert complete(raw)
