@@ -1,22 +1,32 @@
-import logging
+"""The operator gives what the formula gives, and serves nothing else."""
+
+import copy
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from mixer import fused
+from mixer import build, fused
+from mixer.dropout import Dropout
 from mixer.model import MixerBlock, MlpMixer
 
 REPOSITORY = Path(__file__).parents[1]
-needs_library = pytest.mark.skipif(fused.library() is None, reason="the operator cannot be built here")
-HAS_BFLOAT16 = fused.library() is not None and bool(fused.library().mixing_has_bfloat16())
+needs_library = pytest.mark.skipif(build.library() is None, reason="the operator cannot be built here")
+HAS_BFLOAT16 = build.library() is not None and bool(build.library().mixing_has_bfloat16())
 PRECISIONS = [
     pytest.param(False, id="float32"),
     pytest.param(True, id="bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="no AVX512-BF16")),
@@ -48,19 +58,22 @@ def inputs(batch, patches, *hidden, seed=0):
     return (x, *parameters), grad
 
 
-def formula(shape, seeds, p):
+def formula(shape, seed, p, skip=True):
     """The block in plain PyTorch, float64, as a function of x and the parameters."""
-    block = MixerBlock(shape[1], 16, *shape[2:]).double()
+    block = MixerBlock(shape[1], 16, *shape[2:], p, skip, torch.Generator()).double()
     names = [name for name, _ in block.named_parameters()]
 
     def output(x, *parameters):
-        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x, seeds, p))
+        block.dropout.generator.manual_seed(seed)
+        return torch.func.functional_call(block, dict(zip(names, parameters, strict=True)), (x,))
 
     return output
 
 
-def operator(seeds, p, bfloat16):
-    return lambda x, *parameters: fused.fused(x, list(parameters), seeds, p, bfloat16)
+def operator(seed, p, bfloat16, skip=True):
+    """The same by the operator, float32."""
+    seeds = Dropout(p, torch.Generator().manual_seed(seed)).seeds(1, 4)
+    return lambda x, *parameters: fused.fused(x, list(parameters), seeds, p, bfloat16, skip)
 
 
 def output_and_gradients(function, tensors, grad, dtype=torch.float32):
@@ -72,7 +85,7 @@ def output_and_gradients(function, tensors, grad, dtype=torch.float32):
 
 def run_fused(shape, p=0.0, bfloat16=False, seed=11):
     tensors, grad = inputs(*shape)
-    return output_and_gradients(operator(torch.tensor([[seed, seed + 1]]), p, bfloat16), tensors, grad)
+    return output_and_gradients(operator(seed, p, bfloat16), tensors, grad)
 
 
 def relative_error(value, wanted):
@@ -84,17 +97,17 @@ def relative_error(value, wanted):
 
 @needs_library
 @pytest.mark.parametrize("bfloat16", PRECISIONS)
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize(("p", "skip"), [(0.0, True), (0.1, True), (0.5, True), (0.2, False)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_operator_agrees_with_the_formula_in_float64(shape, p, bfloat16):
-    seeds = torch.tensor([[2**61 + 12345, 678]])
+def test_operator_agrees_with_the_formula_in_float64(shape, p, skip, bfloat16):
     names = ("output", "x", *(name for name, _ in MixerBlock(1, 16, 1, 1).named_parameters()))
-    for silent in (None, "patches_out", "channels_out"):  # the tolerance is for one MLP, so each has its turn alone
+    # The tolerance is for one MLP, so each has its turn alone, where the skip connection lets the other's input by.
+    for silent in (None, "patches_out", "channels_out") if skip else (None,):
         tensors, grad = inputs(*shape)
         for name, tensor in zip(names[1:], tensors, strict=True):
             tensor *= not (silent and name.startswith(silent))
-        wanted = output_and_gradients(formula(shape, seeds[0], p), tensors, grad, torch.float64)
-        got = output_and_gradients(operator(seeds, p, bfloat16), tensors, grad)
+        wanted = output_and_gradients(formula(shape, 5, p, skip), tensors, grad, torch.float64)
+        got = output_and_gradients(operator(5, p, bfloat16, skip), tensors, grad)
         errors = {}
         for name, a, b in zip(names, got, wanted, strict=True):
             if b.norm() == 0:
@@ -110,7 +123,7 @@ def test_gelu(bfloat16):
     z = torch.linspace(-12, 12, 2**17)
     z[0], z[1], z[2] = 0, -80, 80
     value, derivative = torch.empty_like(z), torch.empty_like(z)
-    fused.library().mixing_gelu(z.data_ptr(), value.data_ptr(), derivative.data_ptr(), len(z), bfloat16)
+    fused._library().mixing_gelu(z.data_ptr(), value.data_ptr(), derivative.data_ptr(), len(z), bfloat16)
     x = z.double().requires_grad_()
     wanted = nn.functional.gelu(x)
     wanted.sum().backward()
@@ -140,71 +153,21 @@ def test_bit_identical_on_any_number_of_threads(shape, bfloat16):
 def test_not_a_number_is_passed_on(bfloat16):
     tensors, _ = inputs(2, 49, 64, 32)
     tensors[3][5, 7] = math.nan
-    assert operator(torch.zeros(1, 2, dtype=torch.int64), 0.0, bfloat16)(*tensors).isnan().all()
+    assert operator(0, 0.0, bfloat16)(*tensors).isnan().all()
 
 
 @needs_library
 def test_views_and_an_empty_batch():
     (x, *parameters), grad = inputs(4, 49, 64, 32)
-    run = operator(torch.tensor([[3, 4]]), 0.1, False)
-    turned, seeds = x.transpose(0, 1).contiguous().transpose(0, 1), torch.tensor([[3, 0, 4, 0]])[:, ::2]
+    run = operator(3, 0.1, False)
     wanted = run(x, *parameters)
-    assert torch.equal(run(turned, *parameters), wanted)
-    assert torch.equal(operator(seeds, 0.1, False)(x, *parameters), wanted)
+    turned = [t.mT.contiguous().mT if t.ndim > 1 else torch.stack([t, t], 1)[:, 0] for t in (x, *parameters)]
+    assert not any(t.is_contiguous() for t in turned)
+    assert torch.equal(run(*turned), wanted)
+    assert torch.equal(run(torch._neg_view(-x), *parameters), wanted)
     output, d_x, *gradients = output_and_gradients(run, (x[:0], *parameters), grad[:0])
     assert output.shape == d_x.shape == (0, 49, 16)
     assert all(d.count_nonzero() == 0 for d in gradients)
-
-
-@needs_library
-@pytest.mark.parametrize("bfloat16", PRECISIONS)
-def test_the_same_without_gradients_and_without_touching_the_input(bfloat16):
-    model, _ = small_model()
-    x = torch.randn(5, 49, 16)
-    before, seeds = x.clone(), torch.zeros(2, 2, dtype=torch.int64)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        wanted = fused.mixing(model.blocks, x, seeds, 0.0).detach()
-        with torch.inference_mode():
-            assert torch.equal(fused.mixing(model.blocks, x, seeds, 0.0), wanted)
-    assert torch.equal(x, before)
-
-
-# ---------------------------------------------------------------- dropout
-
-
-def test_dropout_has_the_right_mean_and_variance():
-    n = 2**20
-    for p in (0.1, 0.5, 0.9):
-        scale = fused.dropout_scale((1024, 1024), p, torch.tensor(5), stream=0)
-        assert scale.unique().tolist() == [0.0, pytest.approx(1 / (1 - p), rel=1e-4)]
-        sigma = (p / (1 - p) / n) ** 0.5
-        assert abs(scale.mean() - 1) < 4 * sigma
-        assert abs(scale.var() / (p / (1 - p)) - 1) < 0.02
-
-
-def test_dropout_is_independent_of_neighbours_rows_streams_and_seeds():
-    def mask(seed, stream=0):
-        return (fused.dropout_scale((512, 1024), 0.3, torch.tensor(seed), stream) > 0).double() - 0.7
-
-    m = mask(77)
-    others = {
-        "next element": (m[:, 1:], m[:, :-1]),
-        "next pair": (m[:, 2:], m[:, :-2]),
-        "next row": (m[1:], m[:-1]),
-        "16 rows on": (m[16:], m[:-16]),
-        "a power of two on": (m[:, 512:], m[:, :512]),
-        "stream": (m, mask(77, stream=1)),
-        "next seed": (m, mask(78)),
-        "seed of other high bits": (m, mask(77 + (1 << 40))),
-        "next seed, next element": (m[:, 1:], mask(78)[:, :-1]),
-    }
-    for name, (a, b) in others.items():
-        correlation = (a * b).mean() / 0.21
-        assert abs(correlation) < 4.5 / a.numel() ** 0.5, name
-    # Sums over rows and columns scatter as those of independent draws do.
-    for sums in (m.sum(0), m.sum(1)):
-        count = m.numel() / len(sums)
-        assert abs(sums.var() / (0.21 * count) - 1) < 4.5 * (2 / len(sums)) ** 0.5
 
 
 @needs_library
@@ -216,19 +179,25 @@ def test_no_dropout_whatever_the_seed_when_p_is_zero(bfloat16):
     assert not torch.equal(one[0], run_fused(shape, 0.1, bfloat16)[0])
 
 
-# ---------------------------------------------------------------- what PyTorch sees
-
-
 @needs_library
 @pytest.mark.parametrize("bfloat16", PRECISIONS)
-def test_opcheck(bfloat16):
-    x, *parameters = (t.requires_grad_() for t in inputs(3, 5, 20, 9)[0])
-    torch.library.opcheck(torch.ops.mixer.mixing, (x, parameters, torch.tensor([[1, 2]]), 0.1, bfloat16, True))
+def test_the_same_without_gradients_and_without_touching_the_input(bfloat16):
+    model, _ = small_model()
+    x = torch.randn(5, 49, 16)
+    before = x.clone()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        wanted = fused.mixing(model.blocks, x).detach()
+        with torch.inference_mode():
+            assert torch.equal(fused.mixing(model.blocks, x), wanted)
+    assert torch.equal(x, before)
 
 
-def small_model(**kwargs):
+# ---------------------------------------------------------------- what the operator serves
+
+
+def small_model(**settings):
     torch.manual_seed(0)
-    model = MlpMixer(num_blocks=2, patches_mlp_dim=64, channels_mlp_dim=32, **kwargs)
+    model = MlpMixer(num_blocks=2, patches_mlp_dim=64, channels_mlp_dim=32, **settings)
     nn.init.normal_(model.head.weight)
     return model, torch.randn(5, 1, 28, 28)
 
@@ -236,39 +205,418 @@ def small_model(**kwargs):
 def loss_and_gradients(model, images):
     model.zero_grad()
     torch.manual_seed(1)
-    loss = model(images).square().sum()
+    loss = model(images.to(model.stem.weight.dtype)).float().square().sum()
     loss.backward()
-    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def plain(blocks, x):
+    """What ``mixing`` is to give, without it."""
+    if isinstance(blocks, nn.Sequential):
+        return blocks(x)
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def by_either_path(model, images):
+    """What the model gives, what it gives by ``plain``, and how often the operator was called for the first."""
+    with mock.patch.object(fused, "fused", wraps=fused.fused) as spy:
+        got = loss_and_gradients(model, images)
+    state = torch.get_rng_state()
+    with mock.patch("mixer.model.mixing", plain):
+        wanted = loss_and_gradients(model, images)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(got) == len(wanted)
+    return got, wanted, spy.call_count
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x / 2
+
+
+class LowRank(nn.Linear):
+    """A layer as LoRA makes it."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+class HalfNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+class WithoutSkip(MixerBlock):
+    def forward(self, x):
+        return super().forward(x) - x
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+class Reversed(nn.ModuleList):
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+def layer(name, make):
+    """A change that puts ``make(layer)`` in place of the second block's layer."""
+
+    def change(model, _):
+        block = model.blocks[1]
+        setattr(block, name, make(getattr(block, name)))
+
+    return change
+
+
+def share_norm(model, _):
+    model.blocks[1].channels_norm = model.blocks[1].patches_norm
+
+
+def put(owner, name, value):
+    return lambda _, undo: undo.enter_context(mock.patch.object(owner, name, value))
+
+
+def set_in_one(path, value):
+    return lambda model, _: setattr(model.blocks[1].get_submodule(path), *value)
+
+
+def parameter(name, make):
+    owner, _, attribute = name.rpartition(".")
+
+    def change(model, _):
+        module = model.blocks[1].get_submodule(owner)
+        setattr(module, attribute, make(getattr(module, attribute)))
+
+    return change
+
+
+def shared(name, of_first):
+    def change(model, _):
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.blocks[1].get_submodule(owner), attribute, of_first(model.blocks[0]))
+
+    return change
+
+
+def bypass(model, _):
+    model.blocks[1].__dict__["channels_out"] = lambda y: y[..., :16]
+
+
+def doubled(_, output):
+    return 2 * output
+
+
+HOOKS = {
+    "forward": lambda m: m.register_forward_hook(lambda m, x, y: 2 * y),
+    "forward with kwargs": lambda m: m.register_forward_hook(lambda m, x, k, y: 2 * y, with_kwargs=True),
+    "forward always": lambda m: m.register_forward_hook(lambda m, x, y: 2 * y, always_call=True),
+    "pre": lambda m: m.register_forward_pre_hook(lambda m, x: (2 * x[0],)),
+    "pre with kwargs": lambda m: m.register_forward_pre_hook(lambda m, x, k: ((2 * x[0],), k), with_kwargs=True),
+    "full backward": lambda m: m.register_full_backward_hook(lambda m, d_x, d_y: (2 * d_x[0],)),
+    "backward pre": lambda m: m.register_full_backward_pre_hook(lambda m, d_y: (2 * d_y[0],)),
+}
+EVERYWHERE = {
+    "forward": lambda: nn.modules.module.register_module_forward_hook(lambda m, x, y: 2 * y),
+    "pre": lambda: nn.modules.module.register_module_forward_pre_hook(lambda m, x: (2 * x[0],)),
+    "full backward": lambda: nn.modules.module.register_module_full_backward_hook(lambda m, d_x, d_y: None),
+    "backward pre": lambda: nn.modules.module.register_module_full_backward_pre_hook(lambda m, d_y: None),
+}
+
+
+def hooked(hook, name):
+    return lambda model, _: hook(model.blocks[1].get_submodule(name))
+
+
+def hooked_everywhere(hook):
+    return lambda _, undo: undo.callback(hook().remove)
+
+
+def in_sequence(model, _):
+    model.blocks = nn.Sequential(*model.blocks)
+    model.blocks.register_forward_hook(lambda m, x, y: 2 * y)
+
+
+# Changes of a model of two blocks, after which they are not what the operator computes.
+CHANGES = {
+    "pruned": layer("patches_in", lambda m: prune.l1_unstructured(m, "weight", amount=0.5)),
+    "pruned rows": layer("channels_out", lambda m: prune.ln_structured(m, "weight", amount=0.5, n=2, dim=0)),
+    "parametrised": layer("patches_out", lambda m: parametrize.register_parametrization(m, "bias", Half()) or m),
+    "weight norm": layer("patches_in", parametrizations.weight_norm),
+    "old weight norm": layer("channels_in", nn.utils.weight_norm),
+    "spectral norm": layer("channels_in", lambda m: parametrizations.spectral_norm(m).eval()),
+    "old spectral norm": layer("channels_in", lambda m: nn.utils.spectral_norm(m).eval()),
+    "orthogonal": layer("channels_in", parametrizations.orthogonal),
+    "LoRA": layer("channels_in", lambda m: nn.Sequential(m, nn.Identity())),
+    "RMSNorm": layer("channels_norm", lambda m: nn.RMSNorm(16)),
+    "another LayerNorm": layer("patches_norm", lambda m: nn.LayerNorm(16)),
+    "no norm": layer("patches_norm", lambda m: nn.Identity()),
+    "norm of patches too": layer("channels_norm", lambda m: nn.LayerNorm((49, 16), eps=1e-6)),
+    "norm without parameters": layer("patches_norm", lambda m: nn.LayerNorm(16, eps=1e-6, elementwise_affine=False)),
+    "norm without bias": layer("channels_norm", lambda m: nn.LayerNorm(16, eps=1e-6, bias=False)),
+    "Linear without bias": layer("channels_out", lambda m: nn.Linear(32, 16, bias=False)),
+    "MLP of two layers": layer("channels_in", lambda m: nn.Sequential(m, nn.GELU(), nn.Linear(32, 32))),
+    "one bias for all": parameter("channels_in.bias", lambda p: nn.Parameter(p[:1])),
+    "a kind of Linear": layer("channels_out", lambda m: LowRank(32, 16)),
+    "a kind of LayerNorm": layer("channels_norm", lambda m: HalfNorm(16, eps=1e-6)),
+    "a kind of block": lambda model, _: model.blocks.append(WithoutSkip(49, 16, 64, 32)),
+    "its class": set_in_one("", ("__class__", WithoutSkip)),
+    "no block": lambda model, _: model.blocks.append(nn.Linear(16, 16)),
+    "eps": set_in_one("patches_norm", ("eps", 1e-3)),
+    "forward of one block": set_in_one("", ("forward", lambda x: x)),
+    "forward of one layer": set_in_one("channels_out", ("forward", lambda y: y[..., :16])),
+    "forward of one dropout": set_in_one("dropout", ("forward", lambda y: y)),
+    "behind the module's back": bypass,
+    "forward of MixerBlock": put(MixerBlock, "forward", lambda self, x: x + self.channels_out.bias),
+    "forward of Linear": put(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight.abs(), self.bias)),
+    "forward of LayerNorm": put(nn.LayerNorm, "forward", lambda self, x: x * self.weight),
+    "forward of Dropout": put(Dropout, "forward", lambda self, y: y / 2),
+    "call of Linear": put(nn.Linear, "__call__", lambda self, x: 2 * self.forward(x)),
+    "call of Module": put(nn.Module, "__call__", lambda self, *x: self.forward(*x) * 2),
+    "gelu": put(F, "gelu", F.relu),
+    "linear": put(F, "linear", lambda x, w, b: x @ w.abs().T),
+    "layer_norm": put(F, "layer_norm", lambda x, *_: x / 2),
+    "an MLP shared": shared("channels_in", lambda first: first.channels_in),
+    "a norm shared in a block": share_norm,
+    "a block twice": lambda model, _: model.blocks.append(model.blocks[0]),
+    "tied weights": shared("patches_in.weight", lambda first: first.patches_in.weight),
+    "nn.Dropout": layer("dropout", lambda m: nn.Dropout(0.5)),
+    "no dropout": layer("dropout", lambda m: nn.Identity()),
+    "another p": set_in_one("dropout", ("p", 0.5)),
+    "p of one": lambda model, _: [setattr(block.dropout, "p", 0.99 + 0.01) for block in model.blocks],
+    "one block without dropout": lambda model, _: model.blocks[0].eval(),
+    "another generator": set_in_one("dropout", ("generator", torch.default_generator)),
+    "skip connections in one": set_in_one("", ("skip_connections", False)),
+    "skip connections by halves": lambda model, _: [setattr(b, "skip_connections", 2) for b in model.blocks],
+    "float64": lambda model, _: model.double(),
+    "half": lambda model, _: model.half(),
+    "bfloat16": lambda model, _: model.bfloat16(),
+    "autocast to half": lambda _, undo: undo.enter_context(torch.autocast("cpu", torch.float16)),
+    "a tensor of its own class": parameter("patches_in.weight", lambda p: nn.Parameter(p.detach().as_subclass(Marked))),
+    "a sequence with a forward": in_sequence,
+    "too large": put(fused, "_is_too_large", lambda *_: True),
+    "not wanted": put(fused, "_WANTED", False),
+    **{
+        f"{kind} hook on {name or 'the block'}": hooked(hook, name)
+        for name in ("", "patches_norm", "channels_in", "channels_out", "dropout")
+        for kind, hook in HOOKS.items()
+    },
+    **{f"{kind} hook on all": hooked_everywhere(hook) for kind, hook in EVERYWHERE.items()},
+}
 
 
 @needs_library
-def test_model_is_the_same_by_either_path():
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Full backward hook is firing")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_block_is_computed_as_it_is_written(change):
     model, images = small_model(dropout_p=0.2)
-    got = loss_and_gradients(model, images)
-    with fused.plain_only():
-        assert fused.path("cpu", "float32") == "plain"
-        wanted = loss_and_gradients(model, images)
-    assert fused.path("cpu", "float32") == "fused"
-    assert max(relative_error(a, b) for a, b in zip(got, wanted, strict=True)) < 1e-5
+    with ExitStack() as undo:
+        CHANGES[change](model, undo)
+        assert change in ("autocast to half", "too large") or fused.path(model.blocks, CPU, "float32") == "plain"
+        got, wanted, calls = by_either_path(model, images)
+    assert calls == 0
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+CPU = torch.device("cpu")
+
+
+def turned(model, _):
+    for p in model.blocks.parameters():
+        if p.ndim == 2:
+            p.data = p.data.T.contiguous().T
+
+
+def without_dropout_in_two_ways(model, _):
+    model.blocks[0].dropout.eval()
+    model.blocks[1].dropout.p = 0
+
+
+# Changes after which they are still what the operator computes, only others.
+STILL_SERVED = {
+    "none": lambda model, _: None,
+    "bfloat16 elsewhere": lambda model, undo: undo.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=False)),
+    "evaluation": lambda model, _: model.eval(),
+    "no dropout, in two ways": without_dropout_in_two_ways,
+    "another p in all": lambda model, _: [setattr(block.dropout, "p", 0.6) for block in model.blocks],
+    "a generator in all": lambda model, _: [
+        setattr(block.dropout, "generator", torch.default_generator) for block in model.blocks
+    ],
+    "no skip connections": lambda model, _: [setattr(block, "skip_connections", False) for block in model.blocks],
+    "frozen": lambda model, _: model.blocks[1].patches_in.requires_grad_(False),
+    "all frozen": lambda model, _: model.blocks.requires_grad_(False),
+    "another block": lambda model, _: model.blocks.append(MixerBlock(49, 16, 9, 40, 0.2)),
+    "one block less": lambda model, _: model.blocks.pop(0),
+    "a part of the blocks": lambda model, _: setattr(model, "blocks", model.blocks[1:]),
+    "a list in another order": lambda model, _: setattr(model, "blocks", Reversed(model.blocks)),
+    "another layer": layer("channels_in", lambda m: nn.Linear(16, 32)),
+    "another parameter": parameter("channels_out.bias", lambda p: nn.Parameter(torch.randn(16))),
+    "transposed in memory": turned,
+    "an attribute": lambda model, _: setattr(model.blocks[1], "name", "second"),
+    "a hook on a parameter": lambda model, _: model.blocks[1].channels_in.weight.register_hook(lambda d: 2 * d),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("change", STILL_SERVED)
+def test_a_block_with_other_values_is_served(change):
+    model, images = small_model(dropout_p=0.2)
+    with ExitStack() as undo:
+        STILL_SERVED[change](model, undo)
+        assert fused.path(model.blocks, CPU, "float32") == "fused"
+        got, wanted, calls = by_either_path(model, images)
+    assert calls == 1
+    least = 1e-3 * max(b.norm() for b in wanted)  # without dropout, the last patches_out.bias has no gradient
+    assert all((a - b).norm() < 1e-5 * max(b.norm(), least) for a, b in zip(got, wanted, strict=True))
+
+
+@needs_library
+def test_copies_are_served_and_the_same():
+    model, images = small_model(dropout_p=0.2, generator=torch.Generator().manual_seed(1))
+    loaded, _ = small_model(dropout_p=0.2, generator=torch.Generator().manual_seed(2))
+    loaded.load_state_dict(model.state_dict())
+    loaded.blocks[0].dropout.generator.set_state(model.blocks[0].dropout.generator.get_state())
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
+    wanted = loss_and_gradients(model, images)
+    for other in copies:
+        with mock.patch.object(fused, "fused", wraps=fused.fused) as spy:
+            assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(other, images), wanted, strict=True))
+        assert spy.call_count == 1
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(2, 49, 16, dtype=torch.float64),
+        torch.zeros(2, 49, 16, dtype=torch.int64),
+        torch.zeros(2, 48, 16),
+        torch.zeros(2, 49, 15),
+        torch.zeros(16),
+        torch.zeros(2, 49, 16).to_sparse(),
+    ],
+    ids=lambda x: f"{x.dtype} {tuple(x.shape)} {x.layout}",
+)
+def test_an_x_that_does_not_fit_is_pytorchs_error(x):
+    with pytest.raises((RuntimeError, IndexError)):
+        fused.mixing(small_model()[0].blocks, x)
+
+
+def test_x_of_other_dimensions_or_class_and_no_block_at_all():
+    blocks, x = small_model()[0].blocks, torch.randn(2, 49, 16)
+    wanted = plain(blocks, x)
+    torch.testing.assert_close(fused.mixing(blocks, x.as_subclass(Marked)).as_subclass(torch.Tensor), wanted)
+    assert fused.mixing(nn.ModuleList(), x) is x
+    assert fused.path(nn.ModuleList(), CPU, "float32") == "plain"
+    meta = small_model(dropout_p=0.1)[0].to("meta")
+    assert fused.mixing(meta.blocks, x.to("meta")).is_meta
+
+
+@needs_library
+def test_functional_call_takes_the_tensors_that_it_is_given():
+    model, images = small_model()
+    tensors = {name: torch.randn_like(p) / 8 for name, p in model.named_parameters()}
+    with mock.patch.object(fused, "fused", wraps=fused.fused) as spy:
+        got = torch.func.functional_call(model, tensors, (images,))
+    assert spy.call_count == 1
+    with mock.patch("mixer.model.mixing", plain):
+        assert relative_error(got, torch.func.functional_call(model, tensors, (images,))) < 1e-5
+
+
+# ---------------------------------------------------------------- derivatives of other kinds
+
+
+def tangent(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](x)[0],
+    "vmap": lambda f, x: torch.func.vmap(f)(x[:, None]),
+    "gradients of each": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x[None]).square().sum()))(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(lambda x: f(x).sum((0, 1)))(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(lambda x: f(x * x[:1, :1]).sum())(x[:, :2, :1].repeat(1, 2, 16)),
+    "hessian": lambda f, x: torch.func.hessian(lambda s: f(x * s).square().sum())(torch.ones(2)[:1]),
+    "forward mode": tangent,
+    "compiled": lambda f, x: torch.compile(lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1], backend="eager")(x),
+    "linearize": lambda f, x: torch.func.linearize(f, x)[1](x.cos()),
+}
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_take_the_plain_formula(transform):
+    torch.manual_seed(0)
+    blocks = MlpMixer(num_blocks=2, num_patches=4, patches_mlp_dim=8, channels_mlp_dim=8).blocks.requires_grad_(False)
+    x = torch.randn(2, 4, 16)
+    got, wanted = (TRANSFORMS[transform](lambda x, f=f: f(blocks, x), x) for f in (fused.mixing, plain))
+    assert relative_error(got, wanted) < 1e-6
+
+
+REFUSED = {name: TRANSFORMS[name] for name in ("vmap", "jvp", "forward mode", "vjp", "compiled")}
+
+
+@needs_library
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_operator_by_itself_refuses_them(name, requires_grad):
+    (x, *parameters), _ = inputs(2, 4, 8, 8)
+    parameters = [p.requires_grad_(requires_grad) for p in parameters]
+    seeds = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="MIXER_FUSED=0"):
+        REFUSED[name](lambda x: fused.fused(x.reshape(-1, 4, 16), parameters, seeds, 0.0, False), x)
+    if name in ("vmap", "jvp", "forward mode"):
+        with pytest.raises(RuntimeError, match="MIXER_FUSED=0"):
+            REFUSED[name](lambda x: torch.ops.mixer.mixing(x, parameters, seeds, 0.0, False, True, True)[0], x)
+
+
+@needs_library
+def test_second_and_batched_derivatives_are_refused_in_one_sentence():
+    (x, *parameters), _ = inputs(2, 4, 8, 8)
+    parameters[3].requires_grad_()
+    y = operator(0, 0.0, False)(x.requires_grad_(), *parameters)
+    (d_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    for function in (
+        lambda: torch.autograd.grad(d_x.sum(), x),
+        lambda: torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True),
+        lambda: torch.func.vmap(lambda d: torch.autograd.grad(y, x, d))(torch.ones(3, *y.shape)),
+        lambda: torch.autograd.functional.hvp(lambda x: operator(0, 0.0, False)(x, *parameters).sum(), x, x),
+    ):
+        with pytest.raises(RuntimeError, match="MIXER_FUSED=0") as error:
+            function()
+        assert "\n" not in str(error.value)
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_recorded_for_elsewhere_is_plain():
+    model, images = small_model()
+    model.eval()
+    wanted = model(images)
+    for strict in (False, True):
+        program = torch.export.export(model, (images,), strict=strict)
+        assert "mixer" not in str(program.graph)
+        torch.testing.assert_close(program.module()(images), wanted)
+    traced = torch.jit.trace(model, images)
+    assert "mixer::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(images), wanted)
+
+
+# ---------------------------------------------------------------- what PyTorch sees
 
 
 @needs_library
 @pytest.mark.parametrize("bfloat16", PRECISIONS)
-def test_a_training_step_is_bit_identical_on_any_number_of_threads(bfloat16):
-    model, images = small_model(dropout_p=0.2)
-    images = images.repeat(40, 1, 1, 1)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with fused.threads_for_the_operator(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                results.append(loss_and_gradients(model, images))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+def test_opcheck(bfloat16):
+    x, *parameters = (t.requires_grad_() for t in inputs(3, 5, 20, 9)[0])
+    seeds = torch.tensor([[1, 2, 3, 4]])
+    torch.library.opcheck(torch.ops.mixer.mixing, (x, parameters, seeds, 0.1, bfloat16, True, True))
 
 
 @needs_library
@@ -284,124 +632,271 @@ def test_torch_compile_sees_the_operator():
     got = loss_and_gradients(compiled, images)
     assert sum("mixer.mixing" in name for name in seen) == 1
     assert all(torch.equal(a, b) for a, b in zip(got, loss_and_gradients(model, images), strict=True))
+    hook = model.blocks[0].register_forward_hook(lambda m, x, y: 2 * y)
+    assert not torch.equal(loss_and_gradients(compiled, images)[0], got[0])
+    hook.remove()
 
 
 @needs_library
 def test_autocast_chooses_the_precision(monkeypatch):
     model, images = small_model()
     chosen = []
-    monkeypatch.setattr(fused, "fused", lambda x, *rest: chosen.append(rest[-1]) or x)
+    monkeypatch.setattr(fused, "fused", lambda x, *rest: chosen.append(rest[-2]) or x)
+    monkeypatch.setattr(fused, "_library", lambda: SimpleNamespace(mixing_has_bfloat16=lambda: 1))
     model(images)
     with torch.autocast("cpu", torch.bfloat16):
         model(images)
-    with torch.autocast("cpu", torch.float16):
+    monkeypatch.setattr(fused, "_library", lambda: SimpleNamespace(mixing_has_bfloat16=lambda: 0))
+    with torch.autocast("cpu", torch.bfloat16):
         model(images)
-    assert chosen == [False, True, False]
-
-
-@pytest.mark.parametrize("dtype, channels", [(torch.float64, 16), (torch.float32, 8)])
-def test_the_plain_formula_serves_what_the_operator_does_not(dtype, channels, monkeypatch):
-    monkeypatch.setattr(fused, "fused", None)
-    model = MlpMixer(num_blocks=1, num_channels=channels, patches_mlp_dim=8, channels_mlp_dim=8).to(dtype)
-    assert model(torch.zeros(2, 1, 28, 28, dtype=dtype)).dtype == dtype
-
-
-# ---------------------------------------------------------------- building
+    assert chosen == [False, True]
+    assert [fused.path(model.blocks, CPU, p) for p in ("float32", "bfloat16")] == ["fused", "plain"]
+    assert fused.path(model.blocks, torch.device("cuda"), "float32") == "plain"
+    assert not fused.multiplies_in_bfloat16()
 
 
 @pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A process that has not looked for the library yet, with an empty cache."""
+def no_compiler(monkeypatch, tmp_path):
+    """A process that has not looked for the library yet, and will not find one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    fused.library.cache_clear()
-    yield tmp_path
-    fused.library.cache_clear()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build.library.cache_clear()
+    fused._library.cache_clear()
+    yield
+    build.library.cache_clear()
+    fused._library.cache_clear()
 
 
-def test_without_a_compiler_the_plain_formula_and_one_log_line(fresh, monkeypatch, caplog):
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    model, images = small_model()
-    with caplog.at_level(logging.WARNING, logger="mixer"):
-        got = [model(images), model(images)]
-        assert fused.path("cpu", "float32") == "plain"
-    assert [r.name for r in caplog.records] == ["mixer"]
-    assert "no C++ compiler" in caplog.text
-    with fused.plain_only():
-        assert torch.equal(got[0], model(images))
+def test_without_a_compiler_the_plain_formula(no_compiler):
+    model, images = small_model(dropout_p=0.2)
+    got, wanted, calls = by_either_path(model, images)
+    assert calls == 0
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert fused.path(model.blocks, CPU, "float32") == "plain"
+    threads = torch.get_num_threads()
+    with fused.threads_for_the_operator():
+        assert torch.get_num_threads() == threads
+    with pytest.raises(RuntimeError, match="plain formula"):
+        run_fused((1, 2, 3, 4))
 
 
-def test_a_compiler_that_fails_is_named_in_the_log_line(fresh, monkeypatch, caplog):
-    monkeypatch.setenv("CXX", "false")
-    assert fused.library() is None
-    assert fused.library() is None
-    assert len(caplog.records) == 1
-    assert "false cannot compile fused.cpp" in caplog.text
+# ---------------------------------------------------------------- the operator by itself
 
 
-def python(code, cache, **environment):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(REPOSITORY), **environment}
-    command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def of_all(name, make):
+    return lambda given: given[name].__setitem__(slice(None), [make(t) for t in given[name]])
 
 
-BUILD = "from mixer import fused; assert fused.library() is not None"
+def of_parameter(i, make):
+    return lambda given: given["parameters"].__setitem__(i, make(given["parameters"][i]))
 
 
-def compiler_script(path, *lines):
-    """A compiler that does something of its own first."""
-    compiler = fused._compiler()
-    path.write_text("\n".join(["#!/bin/sh", *lines, f'exec {compiler} "$@"', ""]))
-    path.chmod(0o755)
-    return str(path)
+def of(name, make):
+    return lambda given: given.__setitem__(name, make(given[name]))
+
+
+def huge(*shape):
+    return torch.zeros(()).expand(shape)
+
+
+def huge_hidden(given):
+    hidden = 2**26
+    given["parameters"][8:11] = [huge(hidden, 16), huge(hidden), huge(16, hidden)]
+
+
+def huge_patches(given):
+    patches = 2**23
+    given["x"] = given["grad"] = huge(1, patches, 16)
+    given["stream"] = huge(1, 1, patches, 16)
+    given["parameters"][2:6] = [huge(3, patches), huge(3), huge(patches, 3), huge(patches)]
+
+
+def huge_batch(given):
+    given["x"] = given["grad"] = huge(2**27, 5, 16)
+    given["stream"] = huge(1, 2**27, 5, 16)
+
+
+WRONG = {
+    "x of two dimensions": of("x", lambda x: x[0]),
+    "x of other channels": of("x", lambda x: x[..., :8]),
+    "x of other patches": of("x", lambda x: x[:, :4]),
+    "x without patches": of("x", lambda x: x[:, :0]),
+    "x in float64": of("x", torch.Tensor.double),
+    "x of integers": of("x", torch.Tensor.int),
+    "no parameters": of("parameters", lambda _: []),
+    "eleven parameters": of("parameters", lambda p: p[:11]),
+    "thirteen parameters": of("parameters", lambda p: [*p, p[0]]),
+    "six parameters": of("parameters", lambda p: p[:6]),
+    "another order": of("parameters", lambda p: p[6:] + p[:6]),
+    "no hidden units": lambda given: given["parameters"].__setitem__(
+        slice(2, 5), [torch.zeros(0, 5), torch.zeros(0), torch.zeros(5, 0)]
+    ),
+    **{f"parameter {i} too short": of_parameter(i, lambda p: p[:-1]) for i in range(12)},
+    **{f"parameter {i} of another rank": of_parameter(i, lambda p: p[None]) for i in range(12)},
+    **{f"parameter {i} in half": of_parameter(i, torch.Tensor.half) for i in (0, 5, 8)},
+    "W1 turned": of_parameter(2, lambda p: p.T),
+    "seeds in int32": of("seeds", torch.Tensor.int),
+    "seeds of floats": of("seeds", torch.Tensor.double),
+    "two seeds": of("seeds", lambda s: s[:, :2]),
+    "seeds of two blocks": of("seeds", lambda s: s.repeat(2, 1)),
+    "seeds in a row": of("seeds", lambda s: s[0]),
+    "p of one": of("p", lambda _: 1.0),
+    "p below zero": of("p", lambda _: -0.1),
+    "p that is no number": of("p", lambda _: math.nan),
+    "p infinite": of("p", lambda _: math.inf),
+    "hidden units beyond 32 bits": huge_hidden,
+    "patches beyond 32 bits": huge_patches,
+    "images beyond 32 bits": huge_batch,
+}
+WRONG_BACKWARD = {
+    "grad of another shape": of("grad", lambda g: g[:1]),
+    "grad in float64": of("grad", torch.Tensor.double),
+    "no stream": of("stream", lambda s: s[:0]),
+    "stream of another shape": of("stream", lambda s: s[..., :8]),
+    "stream in bfloat16": of("stream", torch.Tensor.bfloat16),
+}
+
+
+def given_to_the_operator():
+    (x, *parameters), grad = inputs(3, 5, 7, 9)
+    seeds = torch.zeros(1, 4, dtype=torch.int64)
+    return {"grad": grad, "x": x, "stream": x[None], "parameters": parameters, "seeds": seeds, "p": 0.1}
 
 
 @needs_library
-def test_two_processes_that_start_together_build_once(tmp_path):
-    count = tmp_path / "count"
-    compiler = compiler_script(tmp_path / "compiler", f"echo x >> {count}")
-    processes = [python(BUILD, tmp_path, CXX=compiler) for _ in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=50)
-        assert process.returncode == 0, errors
-    assert count.read_text() == "x\n"
+@pytest.mark.parametrize("wrong", [*WRONG, *WRONG_BACKWARD])
+def test_what_does_not_fit_is_refused_before_a_pointer_is_taken(wrong, monkeypatch):
+    given = given_to_the_operator()
+    monkeypatch.setattr(fused._Chain, "__init__", None)
+    (WRONG | WRONG_BACKWARD)[wrong](given)
+    grad, x, stream, parameters, seeds, p = given.values()
+    with pytest.raises(ValueError):
+        torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, p, False, True)
+    if wrong in WRONG:
+        with pytest.raises(ValueError):
+            fused.fused(x, parameters, seeds, p, False)
 
 
 @needs_library
-def test_a_killed_build_harms_nobody(tmp_path):
-    script, started = tmp_path / "compiler", tmp_path / "started"
-    compiler = compiler_script(script, 'for last; do :; done; echo rubbish > "$last"', f"touch {started}", "sleep 1000")
-    process = python(BUILD, tmp_path, CXX=compiler)
-    for _ in range(500):
-        if started.exists():
-            break
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    compiler_script(script)
-    process = python(BUILD, tmp_path, CXX=compiler)
-    _, errors = process.communicate(timeout=50)
-    assert process.returncode == 0, errors
+def test_what_else_the_operator_refuses(monkeypatch):
+    _, x, _, parameters, seeds, p = given_to_the_operator().values()
+    with pytest.raises(ValueError, match="keep"):
+        torch.ops.mixer.mixing(x.requires_grad_(), parameters, seeds, p, False, True, False)
+    with pytest.raises(ValueError, match=r"W1 \(hidden, 5\).*\(7, 4\)"):
+        fused.fused(x, [*parameters[:2], parameters[2][:, :4], *parameters[3:]], seeds, p, False)
+    monkeypatch.setattr(fused, "_library", lambda: SimpleNamespace(mixing_has_bfloat16=lambda: 0))
+    with pytest.raises(ValueError, match="bfloat16"):
+        fused.fused(x, parameters, seeds, p, True)
+
+
+@needs_library
+def test_one_tensor_in_several_places():
+    (x, *parameters), grad = inputs(3, 16, 16, 16)
+    parameters[8] = parameters[2]
+    parameters[6] = parameters[0]
+    x = grad.requires_grad_()
+    y = operator(2, 0.1, False)(x, *[p.requires_grad_() for p in parameters])
+    got = torch.autograd.grad(y, [x, parameters[2]], x)
+    x, *doubles = (t.detach().double().requires_grad_() for t in (x, *parameters))
+    doubles[8], doubles[6] = doubles[2], doubles[0]
+    wanted = torch.autograd.grad(formula((3, 16, 16, 16), 2, 0.1)(x, *doubles), [x, doubles[2]], x)
+    assert max(relative_error(a, b) for a, b in zip(got, wanted, strict=True)) < 1e-5
+
+
+# ---------------------------------------------------------------- threads
+
+
+def in_a_new_thread(function, *arguments):
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+@pytest.fixture
+def _keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@needs_library
+@pytest.mark.usefixtures("_keep_threads")
+@pytest.mark.parametrize("bfloat16", PRECISIONS)
+def test_a_training_step_is_bit_identical_on_any_number_of_threads(bfloat16):
+    model, images = small_model(dropout_p=0.2, generator=torch.Generator())
+    images = images.repeat(40, 1, 1, 1)
+
+    def step():
+        model.blocks[0].dropout.generator.manual_seed(1)
+        with fused.threads_for_the_operator(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            return loss_and_gradients(model, images)
+
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results += [step(), in_a_new_thread(step)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.usefixtures("_keep_threads")
+def test_only_the_calling_thread_takes_one_thread():
+    def threads():
+        torch.ones(4) + 1  # PyTorch sets up a thread when it first computes
+        return torch.get_num_threads(), torch.__config__.parallel_info()
+
+    def within():
+        with fused.threads_for_the_operator():
+            with fused.threads_for_the_operator():
+                pass
+            return fused.threads(), torch.get_num_threads(), in_a_new_thread(threads)
+
+    torch.set_num_threads(3)
+    before = threads()
+    assert in_a_new_thread(threads)[0] == 3
+    for run in (within, lambda: in_a_new_thread(within)):
+        operators, own, other = run()
+        assert (operators, own, other) == (3, 1, before)
+        assert threads() == before
+    with fused.threads_for_the_operator():
+        assert in_a_new_thread(within) == (3, 1, before)
+        assert torch.get_num_threads() == 1
+    assert threads() == before
+    with pytest.raises(KeyError), fused.threads_for_the_operator():
+        raise KeyError
+    assert threads() == before
+    assert fused.threads() == 3
+
+
+# ---------------------------------------------------------------- processes
 
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_computes_too(tmp_path):
+def test_a_forked_process_computes_too():
     code = """if True:
         import os, torch
-        from mixer.fused import mixing
+        from mixer.fused import fused
         from mixer.model import MlpMixer
         torch.set_num_threads(2)
-        blocks, x, seeds = MlpMixer(num_blocks=1).blocks, torch.randn(40, 49, 16), torch.zeros(1, 2, dtype=torch.int64)
+        parameters, x = list(MlpMixer(num_blocks=1).blocks.parameters()), torch.randn(40, 49, 16)
+        seeds = torch.zeros(1, 4, dtype=torch.int64)
         with torch.inference_mode():
-            wanted = mixing(blocks, x, seeds, 0.0)
+            wanted = fused(x, parameters, seeds, 0.0, False)
             child = os.fork()
-            got = mixing(blocks, x, seeds, 0.0)
+            got = fused(x, parameters, seeds, 0.0, False)
         assert torch.equal(got, wanted)
         if child:
             assert os.waitpid(child, 0)[1] == 0
         os._exit(0)
     """
-    process = python(code, os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    _, errors = process.communicate(timeout=50)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, errors = process.communicate(timeout=50)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, errors

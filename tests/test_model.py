@@ -5,7 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from mixer.dropout import dropout_scale
 from mixer.model import MixerBlock, MlpMixer
 
 
@@ -107,13 +110,20 @@ def test_dropout_only_in_training_and_repeated_by_the_seed():
         ({}, (30, 28), ["4×4", "30×28"]),
         ({}, (32, 32), ["64", "49"]),
         ({"num_patches": 50}, (28, 28), ["49", "50"]),
-        ({"patch_size": (7, 4)}, (28, 28), ["28", "49"]),
+        ({"patch_size": (7, 4), "num_patches": 49}, (28, 28), ["28", "49"]),
+        ({"patch_size": (7, 4)}, (28, 32), ["32", "28"]),
     ],
 )
 def test_sizes_that_disagree_name_both_numbers(sizes, image, numbers):
     with pytest.raises(ValueError) as error:
         MlpMixer(**sizes)(torch.zeros(1, 1, *image))
     assert all(number in str(error.value) for number in numbers)
+
+
+def test_the_number_of_patches_follows_from_their_size():
+    model = MlpMixer(patch_size=(7, 4), num_blocks=1)
+    assert model.num_patches == model.blocks[0].patches_in.in_features == 28
+    assert model(torch.zeros(1, 1, 28, 28)).shape == (1, 10)
 
 
 def test_other_sizes_work():
@@ -135,3 +145,87 @@ def test_other_sizes_work():
 def test_an_impossible_dropout_is_refused():
     with pytest.raises(ValueError, match=r"1\.5"):
         MlpMixer(dropout_p=1.5)
+
+
+# ---------------------------------------------------------------- a block, and what is random
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_block_by_itself_is_the_formula(p, skip):
+    block = MixerBlock(5, 8, 6, 7, dropout_p=p, skip_connections=skip, generator=torch.Generator().manual_seed(3))
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(4, 5, 8)
+    got = block(x)
+    seeds = iter(torch.randint(2**62, (4,), generator=after_drawing_weights(block)) if p else [])
+
+    def drop(y):
+        return y * dropout_scale(y.shape, p, next(seeds)) if p else y
+
+    def norm(y, layer):
+        y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        return y * layer.weight + layer.bias
+
+    def mlp(y, into, out):
+        return drop(F.gelu(y @ into.weight.T + into.bias)) @ out.weight.T + out.bias
+
+    y = drop(mlp(norm(x, block.patches_norm).mT, block.patches_in, block.patches_out).mT)
+    u = x + y if skip else y
+    y = drop(mlp(norm(u, block.channels_norm), block.channels_in, block.channels_out))
+    torch.testing.assert_close(got, u + y if skip else y)
+
+
+def after_drawing_weights(block):
+    generator = torch.Generator().manual_seed(3)
+    MixerBlock(5, 8, 6, 7, generator=generator)
+    return generator
+
+
+def test_a_generator_draws_everything_and_leaves_pytorchs_alone():
+    def run(generator):
+        model = MlpMixer(num_blocks=2, dropout_p=0.3, generator=generator)
+        weights = [parameter.clone() for parameter in model.parameters()]
+        torch.nn.init.ones_(model.head.weight[:, :3])
+        return [*weights, model(images), model(images)]
+
+    images, before = torch.randn(4, 1, 28, 28), torch.get_rng_state()
+    one, same, other = (run(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, same, run(None), strict=True))
+    assert not torch.equal(one[-1], one[-2])
+    assert not torch.equal(one[0], other[0])
+
+
+def test_the_skip_connections_of_all_blocks_can_be_left_out():
+    model = MlpMixer(num_blocks=2, skip_connections=False)
+    assert [block.skip_connections for block in model.blocks] == [False, False]
+    for block in model.blocks:
+        for layer in (block.channels_out, block.patches_out):
+            torch.nn.init.zeros_(layer.weight)
+    assert not model.blocks[0](torch.randn(2, 49, 16)).any()
+
+
+# ---------------------------------------------------------------- devices and precisions
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_and_what_is_added_up_stay_float32_under_autocast(dtype):
+    model = random_model(num_blocks=1)
+    images = torch.randn(2, 1, 28, 28)
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    seen = []
+    with torch.autocast("cpu", dtype):
+        logits = model(images)
+    assert (logits.dtype, seen) == (torch.float32, [torch.float32])
+    assert not torch.equal(logits, logits.to(dtype).float())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_without_memory_can_be_counted(training):
+    model = MlpMixer(dropout_p=0.1).to("meta").train(training)
+    with FlopCounterMode(display=False) as counter:
+        assert model(torch.zeros(3, 1, 28, 28, device="meta")).shape == (3, 10)
+    of_a_block = 2 * 2 * 3 * 16 * 49 * (1024 + 512)
+    assert counter.get_total_flops() == 8 * of_a_block + 2 * 3 * (49 * 16 * 16 + 16 * 10)
