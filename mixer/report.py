@@ -65,7 +65,7 @@ class Pages:
         rows = [text.columns, ["---"] * text.shape[1], *text.to_numpy()]
         table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
         marks = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        old = self.readme.read_text() if self.readme.exists() else "".join(marks)
+        old = self.readme.read_text(encoding="utf-8") if self.readme.exists() else "".join(marks)
         before, start, rest = old.partition(marks[0])
         _, end, after = rest.partition(marks[1])
         if not end:
