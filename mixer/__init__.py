@@ -10,11 +10,11 @@ import warnings
 warnings.filterwarnings("ignore", r"'mixer\.\w+' found in sys.modules", RuntimeWarning)
 
 try:
+    from mixer.config import Config
     from mixer.grid import grid, histories, run_grid
     from mixer.model import MixerBlock, MlpMixer
     from mixer.predict import classify
     from mixer.runs import train
-    from mixer.train import Config
 except KeyboardInterrupt:  # PyTorch takes seconds to import
     if sys.argv[0] != "-m":
         raise

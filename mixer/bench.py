@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixer import build, fused
+from mixer.config import Config
 from mixer.grid import LRS, RESULTS, grid
 from mixer.model import MixerBlock, MlpMixer
 from mixer.records import environment, write_whole
-from mixer.train import Config, find_device, find_precision
+from mixer.train import find_device, find_precision
 
 FOLDER = RESULTS / "bench"
 TRAIN_IMAGES = 60_000

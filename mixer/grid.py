@@ -23,10 +23,11 @@ import filelock
 import pandas as pd
 
 from mixer import data as fashion_mnist
+from mixer.config import RECIPES, Config
 from mixer.data import DataError
 from mixer.records import Record, RecordError, best_epoch, check_writable, read_record, write_record, write_whole
 from mixer.runs import train
-from mixer.train import RECIPES, Config, find_device, find_precision, part_of
+from mixer.train import find_device, find_precision, part_of
 from mixer.workers import Workers, cores, in_words
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -324,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
         if field.name not in ("lr", "dropout_p", "batch_size", "seed"):
             option, default = f"--{field.name.replace('_', '-')}", field.default
             kind, shown = _KINDS[type(default)]
-            values(option, type=kind, **several, help=f"{field.metadata.get('help', '')} ({shown(default)})".lstrip())
+            values(option, type=kind, **several, help=f"({shown(default)})")
     return parser
 
 

@@ -15,7 +15,7 @@ import torch
 import torchvision
 
 from mixer import fused
-from mixer.train import Config
+from mixer.config import Config
 
 RECORD_FORMAT = 1
 
@@ -114,7 +114,8 @@ def write_record(record: Record, path: Path) -> None:
 # Where a record comes from
 
 _PACKAGE = Path(__file__).parent
-_DECISIVE = ("model.py", "dropout.py", "fused.py", "fused.cpp", "train.py", "data.py")  # what a run's bits depend on
+# What a run's bits depend on.
+_DECISIVE = ("model.py", "dropout.py", "fused.py", "fused.cpp", "optimisers.py", "train.py", "data.py")
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 from mixer import data as fashion_mnist
 from mixer import fused
+from mixer.config import Config
 from mixer.data import Data
 from mixer.model import MlpMixer
 from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, write_whole
-from mixer.train import Config, Diverged, Training, find_device, find_precision, part_of
+from mixer.train import Diverged, Training, find_device, find_precision, part_of
 
 CHECKPOINT_FORMAT = 2
 

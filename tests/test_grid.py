@@ -19,6 +19,7 @@ from conftest import first_images
 from mixer import data as fashion_mnist
 from mixer import grid as grid_function
 from mixer import run_grid
+from mixer.config import Config
 from mixer.grid import (
     GridError,
     best,
@@ -32,7 +33,6 @@ from mixer.grid import (
 )
 from mixer.records import RecordError, best_epoch, read_record
 from mixer.runs import train
-from mixer.train import Config
 from mixer.workers import WorkerError, Workers
 
 module = sys.modules["mixer.grid"]  # the package's `grid` is the function

@@ -6,10 +6,12 @@ import pytest
 import torch
 from conftest import first_images
 
+from mixer.config import RECIPES, Config
 from mixer.data import augment, load
 from mixer.grid import grid
+from mixer.optimisers import OPTIMISERS
 from mixer.runs import train
-from mixer.train import OPTIMISERS, RECIPES, Config, Training, part_of
+from mixer.train import Training, part_of
 
 CPU = torch.device("cpu")
 SMALL = {"batch_size": 64, "num_blocks": 2, "patches_mlp_dim": 64, "channels_mlp_dim": 32}
