@@ -469,7 +469,7 @@ def test_a_block_with_other_values_is_served(change):
         assert fused.path(model.blocks, CPU, "float32") == "fused"
         got, wanted, calls = by_either_path(model, images)
     assert calls == 1
-    least = 1e-3 * max(b.norm() for b in wanted)  # without dropout, the last patches_out.bias has no gradient
+    least = 1e-2 * max(b.norm() for b in wanted)  # without dropout, patches_out.bias has no gradient
     assert all((a - b).norm() < 1e-5 * max(b.norm(), least) for a, b in zip(got, wanted, strict=True))
 
 
