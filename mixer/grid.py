@@ -26,7 +26,7 @@ from mixer import data as fashion_mnist
 from mixer.config import RECIPES, Config
 from mixer.data import DataError
 from mixer.records import Record, RecordError, best_epoch, check_writable, read_record, write_record, write_whole
-from mixer.runs import train
+from mixer.runs import Interrupted, train
 from mixer.train import find_device, find_precision, part_of
 from mixer.workers import Workers, cores, in_words
 
@@ -150,7 +150,7 @@ def run_grid(
     device, precision: as of ``train``. data: the folder of a data set of one's own, as ``data.load_folder`` takes it.
     A record that is there already and was made in another way, or of other data, is a failure.
 
-    When a run fails, the others are trained all the same; then GridError names what failed. Ctrl-C stops them all.
+    When a run fails, the others are trained all the same; then GridError names what failed. Ctrl-C stops them all: Interrupted.
     """
     results = Path(results).absolute()
     configs = list(dict.fromkeys(configs))
@@ -158,8 +158,12 @@ def run_grid(
         check_writable(results / "checkpoints" / "lock")
     how = {"device": device, "precision": precision, "data": data, "progress": progress}
     run = functools.partial(run_one, results=results, **how)
-    with Workers(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor) as workers:
-        records = _run_all(configs, run, workers)
+    try:
+        with Workers(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor) as workers:
+            records = _run_all(configs, run, workers)
+    except KeyboardInterrupt as stop:
+        message = "Interrupted; the same grid goes on from here."
+        raise Interrupted(message, getattr(stop, "history", [])) from None
     publish_best(results)
     return records
 

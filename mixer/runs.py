@@ -82,7 +82,9 @@ def train(
                     if on_epoch is not None and run.diverged is None:
                         on_epoch(dict(run.history[-1]), run.training.tested.eval())
         except KeyboardInterrupt:
-            raise Interrupted(run.history, config.num_epochs) from None
+            count = f"{len(run.history)} of {config.num_epochs}"
+            where = "`import sys; sys.last_value.history` has them"
+            raise Interrupted(f"Interrupted after {count} epochs; {where}.", run.history) from None
         record = {
             "format": RECORD_FORMAT,
             "config": dataclasses.asdict(config),
@@ -96,12 +98,10 @@ def train(
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a notebook's stop button, while a run was trained. ``history``: its finished epochs."""
+    """Ctrl-C, or a notebook's stop button. ``history``: the finished epochs of the run that was trained here."""
 
-    def __init__(self, history: list[dict[str, float]], num_epochs: int):
-        super().__init__(
-            f"Interrupted after {len(history)} of {num_epochs} epochs; `import sys; sys.last_value.history` has them."
-        )
+    def __init__(self, message: str, history: list[dict[str, float]]):
+        super().__init__(message)
         self.history = history
 
     def _render_traceback_(self) -> list[str]:
