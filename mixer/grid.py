@@ -150,7 +150,8 @@ def run_grid(
     device, precision: as of ``train``. data: the folder of a data set of one's own, as ``data.load_folder`` takes it.
     A record that is there already and was made in another way, or of other data, is a failure.
 
-    When a run fails, the others are trained all the same; then GridError names what failed. Ctrl-C stops them all: Interrupted.
+    When a run fails, the others are trained all the same; then GridError names what failed. Ctrl-C stops them
+    all and raises Interrupted.
     """
     results = Path(results).absolute()
     configs = list(dict.fromkeys(configs))
