@@ -302,12 +302,8 @@ def shared(name, of_first):
     return change
 
 
-def bypass(model, _):
-    model.blocks[1].__dict__["channels_out"] = lambda y: y[..., :16]
-
-
-def doubled(_, output):
-    return 2 * output
+def hide(path, name, value):
+    return lambda model, _: model.blocks[1].get_submodule(path).__dict__.__setitem__(name, value)
 
 
 HOOKS = {
@@ -369,7 +365,8 @@ CHANGES = {
     "forward of one block": set_in_one("", ("forward", lambda x: x)),
     "forward of one layer": set_in_one("channels_out", ("forward", lambda y: y[..., :16])),
     "forward of one dropout": set_in_one("dropout", ("forward", lambda y: y)),
-    "behind the module's back": bypass,
+    "a layer hidden": hide("", "channels_out", lambda y: y[..., :16]),
+    "a parameter hidden": hide("channels_out", "bias", torch.ones(16)),
     "forward of MixerBlock": put(MixerBlock, "forward", lambda self, x: x + self.channels_out.bias),
     "forward of Linear": put(nn.Linear, "forward", lambda self, x: F.linear(x, self.weight.abs(), self.bias)),
     "forward of LayerNorm": put(nn.LayerNorm, "forward", lambda self, x: x * self.weight),
@@ -495,6 +492,7 @@ def test_copies_are_served_and_the_same():
         torch.zeros(2, 48, 16),
         torch.zeros(2, 49, 15),
         torch.zeros(16),
+        torch.zeros(2, 49, 16, 16),
         torch.zeros(2, 49, 16).to_sparse(),
     ],
     ids=lambda x: f"{x.dtype} {tuple(x.shape)} {x.layout}",
@@ -507,11 +505,13 @@ def test_an_x_that_does_not_fit_is_pytorchs_error(x):
 def test_x_of_other_dimensions_or_class_and_no_block_at_all():
     blocks, x = small_model()[0].blocks, torch.randn(2, 49, 16)
     wanted = plain(blocks, x)
-    torch.testing.assert_close(fused.mixing(blocks, x.as_subclass(Marked)).as_subclass(torch.Tensor), wanted)
+    with mock.patch.object(fused, "fused", None):
+        assert torch.equal(fused.mixing(blocks, x.as_subclass(Marked)).as_subclass(torch.Tensor), wanted)
     assert fused.mixing(nn.ModuleList(), x) is x
     assert fused.path(nn.ModuleList(), CPU, "float32") == "plain"
     meta = small_model(dropout_p=0.1)[0].to("meta")
-    assert fused.mixing(meta.blocks, x.to("meta")).is_meta
+    with mock.patch.object(fused, "fused", None):
+        assert fused.mixing(meta.blocks, x.to("meta")).is_meta
 
 
 @needs_library
