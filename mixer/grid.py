@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future, as_completed
@@ -155,7 +156,7 @@ def run_grid(
     """
     results = Path(results).absolute()
     configs = list(dict.fromkeys(configs))
-    if any(not record_path(config, results).exists() for config in configs):
+    if any(not os.path.lexists(record_path(config, results)) for config in configs):
         check_writable(results / "checkpoints" / "lock")
     how = {"device": device, "precision": precision, "data": data, "progress": progress}
     run = functools.partial(run_one, results=results, **how)
@@ -222,13 +223,13 @@ def run_one(
     """The record of one run: read where it is there, trained where not; None if it is busy and ``wait`` is false."""
     path = record_path(config, results)
     checkpoint = Path(results) / "checkpoints" / f"{config.name}.pt"
-    if not path.exists():
+    if not os.path.lexists(path):  # what is there, if only a link to nothing, is not overwritten
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         # A lock of the operating system ends with its process, however that ends.
         lock = filelock.FileLock(checkpoint.with_suffix(".lock"), timeout=-1 if wait else 0)
         try:
             with lock:
-                if not path.exists():  # nobody finished it while we waited
+                if not os.path.lexists(path):  # nobody finished it while we waited
                     record = train(
                         config,
                         device=device,
@@ -294,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     try:
-        missing = sum(not record_path(config, results).exists() for config in configs)
+        missing = sum(not os.path.lexists(record_path(config, results)) for config in configs)
         if missing:  # what is wrong with device, precision or data set is said once, not by every run
             find_precision(find_device(how["device"]), how["precision"])
             _ = fashion_mnist.prepare() if how["data"] is None else fashion_mnist.load_folder(how["data"])

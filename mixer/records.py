@@ -34,18 +34,19 @@ class RecordError(ValueError):
 def read_record(path: Path) -> Record:
     """One record, its values checked. RecordError when the file is damaged or something else, FileNotFoundError."""
     try:
+        if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is not a file")
         record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         _check_record(record, path)
-    except FileNotFoundError:
-        if not path.is_symlink():
-            raise
-        reason = "it is a link to nothing"
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
-        if isinstance(error, OSError):
-            reason = (error.strerror or reason).lower()
-    else:
         return record
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    except KeyError as error:
+        reason = f"it lacks {error}"
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        reason = str(error).partition("\n")[0][:200]
     raise RecordError(
         f"{path} is not a record of a finished run ({reason}): take it away or fetch it again with git."
     ) from None
