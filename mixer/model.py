@@ -9,6 +9,8 @@ What is written here is what is computed, on every device. On a CPU one operator
 faster, as long as they are exactly these: change one, and PyTorch runs what you wrote.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,9 +25,14 @@ def _lecun_normal(weight: Tensor, fan_in: int, generator: torch.Generator | None
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
+def _uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.Module:
+    """A layer that has not drawn PyTorch's initial weights, which would come from the generator of everybody."""
+    return nn.utils.skip_init(layer, *sizes, device=torch.get_default_device(), **settings)
+
+
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.Linear:
     """A linear layer initialised as Flax does it, because the paper's code leaves it to Flax: LeCun normal."""
-    layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
+    layer = _uninitialised(nn.Linear, fan_in, fan_out)
     _lecun_normal(layer.weight, fan_in, generator)
     nn.init.zeros_(layer.bias)
     return layer
@@ -122,7 +129,7 @@ class MlpMixer(nn.Module):
         self.dropout_p = dropout_p
         self.skip_connections = skip_connections
 
-        self.stem = nn.utils.skip_init(Stem, 1, num_channels, self.patch_size, stride=self.patch_size)
+        self.stem = _uninitialised(Stem, 1, num_channels, self.patch_size, stride=self.patch_size)
         _lecun_normal(self.stem.weight, height * width, generator)
         nn.init.zeros_(self.stem.bias)
         sizes = (self.num_patches, num_channels, patches_mlp_dim, channels_mlp_dim)
@@ -130,7 +137,7 @@ class MlpMixer(nn.Module):
             MixerBlock(*sizes, dropout_p, skip_connections, generator) for _ in range(num_blocks)
         )
         self.norm = nn.LayerNorm(num_channels, eps=1e-6)
-        self.head = nn.utils.skip_init(nn.Linear, num_channels, num_classes)
+        self.head = _uninitialised(nn.Linear, num_channels, num_classes)
         nn.init.zeros_(self.head.weight)  # as in the paper's code: training starts from equal logits
         nn.init.zeros_(self.head.bias)
 

@@ -229,3 +229,15 @@ def test_a_model_without_memory_can_be_counted(training):
         assert model(torch.zeros(3, 1, 28, 28, device="meta")).shape == (3, 10)
     of_a_block = 2 * 2 * 3 * 16 * 49 * (1024 + 512)
     assert counter.get_total_flops() == 8 * of_a_block + 2 * 3 * (49 * 16 * 16 + 16 * 10)
+
+
+def test_a_default_device_holds_all_of_a_model():
+    with torch.device("meta"):
+        assert {parameter.device.type for parameter in MlpMixer().parameters()} == {"meta"}
+
+
+def test_building_a_model_with_a_generator_leaves_pytorchs_own_alone():
+    state = torch.random.get_rng_state()
+    one, other = (MlpMixer(num_blocks=1, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
