@@ -4,6 +4,7 @@ Every function returns a Matplotlib figure, which a notebook shows as it is, and
 and as PNG for people. The same numbers give the same bytes: no dates, no versions, Matplotlib's own DejaVu fonts.
 """
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, cycle
@@ -23,6 +24,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from mixer.data import CLASSES
 from mixer.model import MlpMixer
+from mixer.records import write_whole
 
 FIGURES = Path(__file__).parent.parent / "figures"
 WIDTH = 6.3  # inches: the text width of report.tex, so that a font size here is a font size there
@@ -75,13 +77,14 @@ def drawing(height: float) -> Iterator[Figure]:
         yield figure
 
 
-def save(figure: Figure, name: str, folder: Path = FIGURES) -> None:
-    """Write ``name.pdf`` and ``name.png`` into ``folder``. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(_STYLE):
-        nothing = dict.fromkeys(("Creator", "Producer", "CreationDate"))
-        figure.savefig(folder / f"{name}.pdf", metadata=nothing)
-        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+def save(figure: Figure, name: str, folder: Path | str = FIGURES) -> None:
+    """Write ``name.pdf`` and ``name.png`` into ``folder``. Raises OSError, in one sentence."""
+    nothing = {"pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")), "png": {"Software": None}}
+    for kind, metadata in nothing.items():
+        content = io.BytesIO()
+        with mpl.rc_context(_STYLE):
+            figure.savefig(content, format=kind, metadata=metadata)
+        write_whole(Path(folder) / f"{name}.{kind}", content.getbuffer())
 
 
 # Fig. 1-3: learning curves

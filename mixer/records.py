@@ -1,6 +1,7 @@
 """Records: what a finished run leaves, as JSON, and where it comes from. Written whole, checked when read."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -184,7 +185,9 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         incoming.replace(path)
     except OSError as error:
         _discard(incoming)
-        raise OSError(f"{path} cannot be written ({error.strerror or error}): make room and run again.") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room and run again" if full else "give another place"
+        raise OSError(f"{path} cannot be written ({error.strerror or error}): {advice}.") from error
 
 
 def check_writable(path: Path) -> None:

@@ -196,3 +196,12 @@ def test_committed_figures_follow_from_the_committed_records(tmp_path):
         # The pixels, since the bytes of a PNG depend on the version of the compression library, too.
         pixels = [imread(path.with_suffix(".png")) for path in (committed, made)]
         assert np.array_equal(*pixels), f"{made.stem}.png is stale: run `make`"
+
+
+def test_a_figures_folder_may_be_a_string_and_a_bad_one_is_one_sentence(tmp_path):
+    figure = figures.samples(np.zeros((10, 28, 28), np.uint8), np.arange(10), rows=1)
+    figures.save(figure, "samples", str(tmp_path / "new"))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["samples.pdf", "samples.png"]
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match=r"samples\.pdf cannot be written"):
+        figures.save(figure, "samples", tmp_path / "file")
