@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,16 @@ def _check_record(record: Any, path: Path) -> None:
     if len(history) != epochs:
         raise ValueError(f"it has {len(history)} of {epochs} epochs")
     for number, epoch in enumerate(history, start=1):
-        if epoch["epoch"] != number:
+        if type(epoch["epoch"]) is not int or epoch["epoch"] != number:
             raise ValueError(f"its epoch {number} says that it is {epoch['epoch']}")
         for name, most in _RANGES.items():
             value = epoch[name]
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
                 raise ValueError(f"{name} of epoch {number} is {value!r}")
     for name, values in _ENVIRONMENT.items():
-        if not isinstance(environment[name], values if isinstance(values, type) else type(values[0])):
-            raise ValueError(f"its {name} is {environment[name]!r}")
-        if isinstance(values, tuple) and environment[name] not in values:
-            raise ValueError(f"its {name} is {environment[name]!r}")
+        value = environment[name]
+        if not (type(value) is values if isinstance(values, type) else value in values):
+            raise ValueError(f"its {name} is {value!r}")
 
 
 def _is_count(value: Any) -> bool:
@@ -116,6 +116,7 @@ def write_record(record: Record, path: Path) -> None:
 # Where a record comes from
 
 _PACKAGE = Path(__file__).parent
+_CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
 # What a run's bits depend on.
 _DECISIVE = ("model.py", "dropout.py", "fused.py", "fused.cpp", "optimisers.py", "train.py", "data.py")
 
@@ -161,7 +162,7 @@ def _commit() -> str:
 
     try:
         git("ls-files", "--error-unmatch", *_DECISIVE)  # not those of a repository around an unpacked archive
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git(*_CHANGES) else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -184,16 +185,18 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         incoming.replace(path)
     except OSError as error:
-        _discard(incoming)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "make room and run again" if full else "give another place"
         raise OSError(f"{path} cannot be written ({error.strerror or error}): {advice}.") from error
+    finally:
+        _discard(incoming)
 
 
 def check_writable(path: Path) -> None:
     """Raises OSError in one sentence where ``write_whole`` would, but for want of room."""
-    if path.is_dir():
-        raise OSError(f"{path} cannot be written, because it is a folder: give the name of a file.")
+    if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for, a device be replaced
+        kind = "a folder" if path.is_dir() else "no file"
+        raise OSError(f"{path} cannot be written, because it is {kind}: give the name of a file.")
     incoming = _incoming(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,8 +208,8 @@ def check_writable(path: Path) -> None:
 
 
 def _incoming(path: Path) -> Path:
-    """Of this process alone, so that two that write the same file do not spoil it."""
-    return path.with_name(f".{path.name}.{os.getpid()}.incoming")
+    """Of this thread alone, so that two that write the same file do not spoil it."""
+    return path.with_name(f".{path.name}.{threading.get_native_id()}.incoming")
 
 
 def _discard(path: Path) -> None:

@@ -4,6 +4,7 @@ After every epoch it leaves a *checkpoint*, from which it goes on when it was cu
 the one of a run that was not.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -65,20 +66,26 @@ def train(
         torch.set_num_threads(1)
     device = find_device(device)
     precision = find_precision(device, precision)
-    files = {Path(path): path for path in (checkpoint, weights) if path is not None}
-    for file in files:
-        check_writable(file)
-    data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
-    with fused.threads_for_the_operator():
+    checkpoint, weights = (path if path is None else Path(path) for path in (checkpoint, weights))
+    for file in (checkpoint, checkpoint and _before(checkpoint), weights):
+        if file is not None:
+            check_writable(file)
+    with contextlib.ExitStack() as contexts:
+        # A cell's no_grad or autocast is not the run's; this one allows gradients too.
+        contexts.enter_context(torch.inference_mode(False))
+        contexts.enter_context(torch.autocast(device.type, enabled=False))
+        data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
         run = _Run(Training(config, device, precision, data))
+        if run.environment["path"] == "fused":  # the plain formula takes all of PyTorch's threads
+            contexts.enter_context(fused.threads_for_the_operator())
         if checkpoint is not None:
-            run.resume(Path(checkpoint))
+            run.resume(checkpoint)
         try:
             with _Bar(run, progress, position) as bar:
                 while not run.finished:
                     run.train_epoch(bar)
                     if checkpoint is not None:
-                        run.save(Path(checkpoint))
+                        run.save(checkpoint)
                     if on_epoch is not None and run.diverged is None:
                         on_epoch(dict(run.history[-1]), run.training.tested.eval())
         except KeyboardInterrupt:
@@ -93,16 +100,16 @@ def train(
             "environment": run.environment,
         }
     if weights is not None and run.best_weights is not None:
-        write_whole(Path(weights), _safetensors(run.best_weights, config, best_epoch(record)["epoch"]))
+        write_whole(weights, _safetensors(run.best_weights, config, best_epoch(record)["epoch"]))
     return (record, run.training.tested.eval()) if return_model else record
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or a notebook's stop button. ``history``: the finished epochs of the run that was trained here."""
 
-    def __init__(self, message: str, history: list[dict[str, float]]):
+    def __init__(self, message: str, history: list[dict[str, float]] | None = None):
         super().__init__(message)
-        self.history = history
+        self.history = history or []  # a process hands on the message first, and the history after it
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows: no traceback, since nothing went wrong."""
@@ -167,19 +174,21 @@ class _Run:
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from the checkpoint, else from the one before it, else start afresh."""
-        training = self.training
+        training, reasons = self.training, []
         for path in (checkpoint, _before(checkpoint)):
             try:
                 self._restore(path.read_bytes())
-                return
+                break
             except FileNotFoundError:
                 continue
             # What a damaged or foreign file makes of torch.load is anybody's guess; the run must go on all the same.
             except Exception as error:
-                reason = str(error).partition("\n")[0].rstrip(".")
-                log.warning("The checkpoint %s cannot be used and is passed over: %s.", path, reason)
+                reasons.append(str(error).partition("\n")[0].rstrip("."))
                 self.training = Training(training.config, training.device, training.precision, training.data)
                 self._start()
+        if reasons:
+            then = f"goes on after epoch {len(self.history)}" if self.history else "starts afresh"
+            log.warning("The checkpoint %s is passed over, since %s; the run %s.", checkpoint, reasons[0], then)
 
     def _restore(self, content: bytes) -> None:
         content, digest = content[:-32], content[-32:]
