@@ -71,9 +71,10 @@ def train(
         if file is not None:
             check_writable(file)
     with contextlib.ExitStack() as contexts:
-        # A cell's no_grad or autocast is not the run's; this one allows gradients too.
+        # A no_grad or autocast around is the caller's, not the run's. The first of these allows gradients too. Autocast
+        # empties its cache only where the outermost context ends, so in here it would keep weights of steps ago.
         contexts.enter_context(torch.inference_mode(False))
-        contexts.enter_context(torch.autocast(device.type, enabled=False))
+        contexts.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
         data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
         run = _Run(Training(config, device, precision, data))
         if run.environment["path"] == "fused":  # the plain formula takes all of PyTorch's threads
