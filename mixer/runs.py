@@ -67,9 +67,11 @@ def train(
     device = find_device(device)
     precision = find_precision(device, precision)
     checkpoint, weights = (path if path is None else Path(path) for path in (checkpoint, weights))
-    for file in (checkpoint, checkpoint and _before(checkpoint), weights):
+    for file in (checkpoint, weights):
         if file is not None:
             check_writable(file)
+    if checkpoint is not None:
+        check_writable(_before(checkpoint))
     with contextlib.ExitStack() as contexts:
         # A no_grad or autocast around is the caller's, not the run's. The first of these allows gradients too. Autocast
         # empties its cache only where the outermost context ends, so in here it would keep weights of steps ago.
