@@ -82,7 +82,7 @@ def path(blocks: nn.ModuleList, device: torch.device, precision: str) -> str:
 
 def multiplies_in_bfloat16() -> bool:
     """Whether this machine's processor does, and the compiler has built the operator for it (or there is none)."""
-    if _library() is None or not _WANTED:
+    if not _WANTED or _library() is None:
         return torch.cpu._is_avx512_bf16_supported()
     return bool(_library().mixing_has_bfloat16())
 
