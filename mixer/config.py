@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -46,6 +47,9 @@ class Config:
     patches_mlp_dim: int = 1024
     channels_mlp_dim: int = 512
     skip_connections: bool = True
+    gelu: str = "exact"  # or "tanh", its approximation, as in the paper's code
+    initialisation: str = "flax"  # as in the paper's code, or "pytorch", as its layers draw their weights
+    inputs: str = "normalised"  # or "scaled": pixels divided by 255, no more
     optimiser: str = "adam"  # one of OPTIMISERS
     weight_decay: float = 0.0
     schedule: str = "constant"  # one of SCHEDULES; "linear": up during the first epoch, then down to 0
@@ -65,9 +69,9 @@ class Config:
         self._keep("patch_size", _pair, lambda pair: min(pair) > 0, "one or two whole numbers above 0")
         for name in ("skip_connections", "flip", "validation"):
             self._keep(name, _flag, lambda _: True, "True or False")
-        self._keep("optimiser", str, lambda name: name in OPTIMISERS, f"one of {', '.join(OPTIMISERS)}")
+        for name, words in _WORDS.items():
+            self._keep(name, str, words.__contains__, f"one of {', '.join(words)}")
         self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
-        self._keep("schedule", str, lambda name: name in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._keep("shift", _whole, lambda pixels: pixels >= 0, "0 or a whole number of pixels")
         self._keep("average", _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
 
@@ -75,10 +79,11 @@ class Config:
         given = getattr(self, name)
         try:
             value = kind(given)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is PyTorch's, of tensors
             value = None
         if value is None or not fits(value):
-            raise ValueError(f"{name} is {given!r}, but it has to be {wanted}")
+            shown = " ".join(reprlib.repr(given).split())
+            raise ValueError(f"{name} is {shown}, but it has to be {wanted}")
         object.__setattr__(self, name, value)
 
     @property
@@ -95,6 +100,9 @@ class Config:
             "patches_mlp_dim": f"tokenmlp{self.patches_mlp_dim}",
             "channels_mlp_dim": f"channelmlp{self.channels_mlp_dim}",
             "skip_connections": "noskip",
+            "gelu": f"{self.gelu}gelu",
+            "initialisation": f"{self.initialisation}init",
+            "inputs": self.inputs,
             "optimiser": self.optimiser,
             "weight_decay": f"decay{_digits(self.weight_decay)}",
             "schedule": self.schedule,
@@ -106,6 +114,13 @@ class Config:
         return "_".join(parts + [label for field, label in labels.items() if getattr(self, field) != _DEFAULTS[field]])
 
 
+_WORDS = {
+    "gelu": ("exact", "tanh"),
+    "initialisation": ("flax", "pytorch"),
+    "inputs": ("normalised", "scaled"),
+    "optimiser": tuple(OPTIMISERS),
+    "schedule": tuple(SCHEDULES),
+}
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 
 

@@ -5,7 +5,6 @@ classify("shoe.jpg")            class -> probability, the likeliest first
 """
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,13 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
 from mixer import fused
-from mixer.data import CLASSES, normalise
+from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
 from mixer.grid import RESULTS
-from mixer.model import MlpMixer
+from mixer.model import MlpMixer, count_patches
 
 WEIGHTS = RESULTS / "best.safetensors"
+_FASHION_MNIST = {"image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
+_WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
 
 
 def classify(picture: Path | str | Image.Image | np.ndarray, weights: Path | str = WEIGHTS) -> pd.Series:
@@ -31,10 +32,9 @@ def classify(picture: Path | str | Image.Image | np.ndarray, weights: Path | str
     Raises ValueError, which says in one sentence what is wrong with either.
     """
     with torch.inference_mode(), fused.threads_for_the_operator():
-        model = load_model(weights)
-        side = math.isqrt(model.num_patches)
-        image = prepare(picture, (side * model.patch_size[0], side * model.patch_size[1]))
-        probabilities = model(normalise(torch.from_numpy(image)[None])).softmax(dim=1)[0].numpy()
+        model, size, statistics = _load(weights)
+        image = torch.from_numpy(prepare(picture, size))
+        probabilities = model(normalise(image[None], **statistics)).softmax(dim=1)[0].numpy()
     names = CLASSES if model.num_classes == len(CLASSES) else range(model.num_classes)
     return pd.Series(probabilities, index=names, name="probability").sort_values(ascending=False, kind="stable")
 
@@ -57,10 +57,15 @@ def prepare(picture: Path | str | Image.Image | np.ndarray, size: tuple[int, int
 
 def load_model(weights: Path | str = WEIGHTS) -> MlpMixer:
     """The trained model, ready to predict, with the sizes that the file's tensors have. Raises ValueError."""
+    return _load(weights)[0]
+
+
+def _load(weights: Path | str) -> tuple[MlpMixer, tuple[int, int], dict[str, float]]:
+    """The model, and of the images that it was trained on: height and width, pixels' mean and standard deviation."""
     try:
         with safe_open(weights, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            config = json.loads((file.metadata() or {}).get("mixer", "{}")).get("config", {})
+            origin = _FASHION_MNIST | json.loads((file.metadata() or {}).get("mixer", "{}"))
         channels, _, *patch_size = state["stem.weight"].shape
         hidden, patches = state["blocks.0.patches_in.weight"].shape
         model = MlpMixer(
@@ -71,14 +76,17 @@ def load_model(weights: Path | str = WEIGHTS) -> MlpMixer:
             num_channels=channels,
             patches_mlp_dim=hidden,
             channels_mlp_dim=len(state["blocks.0.channels_in.weight"]),
-            skip_connections=config.get("skip_connections", True),  # which leaves no trace in the tensors
+            **{name: value for name, value in origin.get("config", {}).items() if name in _WITHOUT_TRACE},
         )
         model.load_state_dict(state)
+        image, mean, std = tuple(origin["image"]), float(origin["pixel_mean"]), float(origin["pixel_std"])
+        if count_patches(image, model.patch_size) != patches or not std > 0:
+            raise ValueError
     except FileNotFoundError:
         raise ValueError(f"There are no weights in {weights}: train a run, or give another file.") from None
-    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError):
+    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError):
         raise ValueError(f"{weights} does not hold the weights of an MlpMixer: give another file.") from None
-    return model.eval()
+    return model.eval(), image, {"mean": mean, "std": std}
 
 
 def _open(picture: Path | str | Image.Image) -> Image.Image:

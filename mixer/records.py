@@ -118,7 +118,7 @@ def write_record(record: Record, path: Path) -> None:
 _PACKAGE = Path(__file__).parent
 _CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
 # What a run's bits depend on.
-_DECISIVE = ("model.py", "dropout.py", "fused.py", "fused.cpp", "optimisers.py", "train.py", "data.py")
+_DECISIVE = ("model.py", "dropout.py", "fused.py", "fused.cpp", "build.py", "optimisers.py", "train.py", "data.py")
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def train(
     """
     if _forked:  # GNU OpenMP's threads do not survive a fork, and waiting for them would last for ever
         torch.set_num_threads(1)
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError("PyTorch's default dtype was changed: torch.set_default_dtype(torch.float32) before training")
     device = find_device(device)
     precision = find_precision(device, precision)
     checkpoint, weights = (path if path is None else Path(path) for path in (checkpoint, weights))
@@ -77,6 +79,8 @@ def train(
         # empties its cache only where the outermost context ends, so in here it would keep weights of steps ago.
         contexts.enter_context(torch.inference_mode(False))
         contexts.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
+        if torch.get_default_device().type != "cpu":  # nor does its default device; the generator is the CPU's
+            contexts.enter_context(torch.device("cpu"))
         data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
         run = _Run(Training(config, device, precision, data))
         if run.environment["path"] == "fused":  # the plain formula takes all of PyTorch's threads
@@ -103,7 +107,12 @@ def train(
             "environment": run.environment,
         }
     if weights is not None and run.best_weights is not None:
-        write_whole(weights, _safetensors(run.best_weights, config, best_epoch(record)["epoch"]))
+        try:
+            write_whole(weights, _safetensors(run, best_epoch(record)["epoch"]))
+        except OSError as error:
+            if checkpoint is not None:  # the same call goes on from it to here
+                raise
+            log.warning("%s The record is returned all the same.", error)
     return (record, run.training.tested.eval()) if return_model else record
 
 
@@ -209,10 +218,18 @@ def _before(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.before")
 
 
-def _safetensors(weights: dict[str, Tensor], config: Config, epoch: float) -> bytes:
+def _safetensors(run: _Run, epoch: float) -> bytes:
+    config, data = run.training.config, run.training.data
+    origin = {
+        "name": config.name,
+        "epoch": int(epoch),
+        "config": dataclasses.asdict(config),
+        "image": list(data.train_images.shape[1:]),
+        "pixel_mean": data.pixel_mean,
+        "pixel_std": data.pixel_std,
+    }
     # One entry, because several would be written in an order that changes from call to call.
-    origin = json.dumps({"name": config.name, "epoch": int(epoch), "config": dataclasses.asdict(config)})
-    return safetensors.torch.save(weights, {"mixer": origin})
+    return safetensors.torch.save(run.best_weights, {"mixer": json.dumps(origin)})
 
 
 def _environment(training: Training) -> dict[str, Any]:

@@ -9,6 +9,7 @@ epoch, so an interrupted run needs no stored random state, and runs in threads o
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mixer import fused
 from mixer.config import Config
 from mixer.data import Data, augment, normalise, validation_split
-from mixer.model import MlpMixer
+from mixer.model import MlpMixer, count_patches
 from mixer.optimisers import OPTIMISERS, SCHEDULES
 
 EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden layer near 100 MB
@@ -28,6 +29,7 @@ EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden la
 def part_of(data: Data, config: Config) -> Data:
     """What of the data a run is trained and tested on. Raises ValueError when there are fewer images than ``limit``."""
     data = validation_split(data) if config.validation else data
+    data = replace(data, pixel_mean=0.0, pixel_std=1.0) if config.inputs == "scaled" else data
     return data if config.limit is None else data.first(config.limit)
 
 
@@ -43,17 +45,18 @@ class Training:
         self.epoch = 0
         self.generator = torch.Generator()
         self._start_generator()
-        (height, width), (ph, pw) = data.train_images.shape[1:], config.patch_size
         self.model = MlpMixer(
             num_classes=data.num_classes,
             num_blocks=config.num_blocks,
             patch_size=config.patch_size,
-            num_patches=(height // ph) * (width // pw),
+            num_patches=count_patches(tuple(data.train_images.shape[1:]), config.patch_size),
             num_channels=config.num_channels,
             patches_mlp_dim=config.patches_mlp_dim,
             channels_mlp_dim=config.channels_mlp_dim,
             dropout_p=config.dropout_p,
             skip_connections=config.skip_connections,
+            gelu=config.gelu,
+            initialisation=config.initialisation,
             generator=self.generator,
         ).to(device)
         fused = {"fused": device.type != "mps"}

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from mixer.data import CLASSES
+from mixer.data import CLASSES, normalise
 from mixer.model import MlpMixer
 from mixer.predict import WEIGHTS, classify, load_model, prepare
 
@@ -96,11 +96,15 @@ def test_a_model_of_other_sizes_is_read_by_its_file(tmp_path):
     sizes = {"num_blocks": 2, "patch_size": (8, 8), "num_channels": 5, "patches_mlp_dim": 7, "skip_connections": False}
     model = MlpMixer(num_classes=3, num_patches=16, **sizes)
     torch.nn.init.normal_(model.head.weight)
-    save_file(model.state_dict(), tmp_path / "own.safetensors", {"mixer": json.dumps({"config": sizes})})
+    origin = {"config": sizes, "image": [32, 32], "pixel_mean": 0.2, "pixel_std": 0.4}
+    save_file(model.state_dict(), tmp_path / "own.safetensors", {"mixer": json.dumps(origin)})
     loaded = load_model(tmp_path / "own.safetensors")
     images = torch.randn(2, 1, 32, 32)
     assert torch.equal(loaded(images), model.eval()(images)) and not loaded.training
-    assert sorted(classify(np.eye(50), tmp_path / "own.safetensors").index) == [0, 1, 2]
+    probabilities = classify(picture := np.eye(50), tmp_path / "own.safetensors").sort_index()
+    inputs = normalise(torch.from_numpy(prepare(picture, (32, 32)))[None], 0.2, 0.4)
+    assert np.allclose(probabilities, model(inputs).softmax(dim=1)[0].detach(), atol=1e-6)
+    assert list(probabilities.index) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("content", [None, b"", WEIGHTS.read_bytes()[:3000], {"other": torch.ones(2)}])

@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from mixer import run_grid
+from mixer import records, run_grid
 from mixer.config import Config
 from mixer.grid import GridError
 from mixer.records import RecordError, check_writable, read_record, write_record, write_whole
@@ -97,6 +99,8 @@ WRONG = {
     "a word for a number": (changed(history__1__train_loss="0.1"), "train_loss of epoch 2"),
     "a truth for a number": (changed(history__1__train_accuracy=True), "train_accuracy of epoch 2"),
     "an epoch that lacks one": (changed(history__1={"epoch": 2}), "lacks"),
+    "an epoch that is a truth": (changed(history__0__epoch=True), "its epoch 1 says that it is True"),
+    "threads that are a truth": (changed(environment__threads=True), "threads is True"),
     "another precision": (changed(environment__precision="float8"), "precision is 'float8'"),
     "another path": (changed(environment__path=3), "path is 3"),
     "threads in words": (changed(environment__threads="two"), "threads is 'two'"),
@@ -141,14 +145,15 @@ def test_what_is_not_there_is_not_there(tmp_path):
 # ---------------------------------------------------------------- the commit
 
 
-def commit_of(package: Path, **environment: str) -> str:
-    """What a record made by this copy of the package would say."""
-    code = "import sys; sys.path.insert(0, '.'); from mixer import records; print(records._COMMIT)"
-    outcome = subprocess.run(
-        [sys.executable, "-c", code], cwd=package.parent, env=os.environ | environment, capture_output=True, text=True
-    )
-    assert outcome.returncode == 0, outcome.stderr
-    return outcome.stdout.strip()
+@pytest.fixture
+def commit_of(monkeypatch) -> Callable[[Path], str]:
+    """What a record made by a copy of the package would say."""
+
+    def commit(package: Path) -> str:
+        monkeypatch.setattr(records, "_PACKAGE", package)
+        return records._commit()
+
+    return commit
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -165,26 +170,39 @@ def repository(tmp_path) -> Path:
     (folder / "README.md").write_text("Read me.")
     (folder / ".gitignore").write_text("__pycache__/\n")
     git(tmp_path, "init", "-q", str(folder))
+    git(folder, "config", "status.showUntrackedFiles", "no")
     git(folder, "add", ".")
     git(folder, "commit", "-q", "-m", "first")
     return folder
 
 
-def test_the_commit_is_the_packages_with_a_plus_where_it_differs(repository):
+def test_the_commit_is_the_packages_with_a_plus_where_it_differs(repository, commit_of, monkeypatch):
     head = git(repository, "rev-parse", "--short=12", "HEAD")
     assert commit_of(repository / "mixer") == head
     (repository / "README.md").write_text("Changed.")
-    assert commit_of(repository / "mixer", GIT_DIR="/nowhere") == head
+    monkeypatch.setenv("GIT_DIR", "/nowhere")
+    assert commit_of(repository / "mixer") == head
+    monkeypatch.delenv("GIT_DIR")
     (repository / "mixer" / "own.py").write_text("")
     assert commit_of(repository / "mixer") == f"{head}+"
     git(repository, "add", ".")
     assert commit_of(repository / "mixer") == f"{head}+"
+    git(repository, "commit", "-q", "-m", "second")
+    assert commit_of(repository / "mixer") == git(repository, "rev-parse", "--short=12", "HEAD") != head
+    with (repository / "mixer" / "train.py").open("a") as file:
+        file.write("# changed")
+    assert commit_of(repository / "mixer").endswith("+")
 
 
-def test_an_unpacked_archive_has_no_commit_not_even_of_a_repository_around_it(repository):
+def test_an_unpacked_archive_has_no_commit_not_even_of_a_repository_around_it(repository, commit_of):
     unpacked = repository / "downloads" / "mixer"
     shutil.copytree(repository / "mixer", unpacked)
     assert commit_of(unpacked) == "unknown"
+
+
+def test_without_git_there_is_no_commit(repository, commit_of, monkeypatch):
+    monkeypatch.setenv("PATH", str(repository))
+    assert commit_of(repository / "mixer") == "unknown"
 
 
 # ---------------------------------------------------------------- files
@@ -199,3 +217,41 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path):
             assert "\n" not in str(error.value)
     check_writable(tmp_path / "new" / "record.json")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "new"] and not list((tmp_path / "new").iterdir())
+
+
+def test_only_a_file_is_written_over(tmp_path):
+    """A pipe would be waited for, and a device be replaced."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path(os.devnull)):
+        with pytest.raises(OSError, match="because it is no file: give the name of a file"):
+            check_writable(path)
+        assert os.path.lexists(path)
+
+
+def test_two_that_write_the_same_file_do_not_spoil_it(tmp_path):
+    path, contents, start = tmp_path / "record.json", [b"a" * 100_000, b"b" * 100_000], threading.Barrier(2)
+
+    def write(content):
+        start.wait()
+        for _ in range(50):
+            check_writable(path)
+            write_whole(path, content)
+            assert path.read_bytes() in contents
+
+    with ThreadPoolExecutor(2) as executor:
+        list(executor.map(write, contents))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    write_whole(path, b"before")
+
+    def stop(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, b"after")
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]

@@ -1,9 +1,11 @@
 """A run that lasts: the same record every time, whatever befalls it."""
 
 import copy
+import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import threadpoolctl
 import torch
 from conftest import first_images
 
@@ -27,12 +30,12 @@ from mixer.data import Data
 from mixer.model import MlpMixer
 from mixer.predict import load_model
 from mixer.records import best_epoch
-from mixer.runs import Interrupted, train
+from mixer.runs import Interrupted, _Run, train
 from mixer.train import Training, find_precision, predict
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-SHORT = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3)
+SHORT = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, num_blocks=2)
 
 
 def timeless(record: dict) -> dict:
@@ -83,6 +86,75 @@ def test_same_seed_same_record(few, uninterrupted):
     assert timeless(other)["history"] != timeless(uninterrupted)["history"]
 
 
+def test_it_is_the_loop_that_is_run(few, uninterrupted):
+    """Nothing that is put around the loop changes a bit of what it gives."""
+    with fused.threads_for_the_operator():
+        loop = Training(SHORT, CPU, find_precision(CPU), few)
+        assert [loop.train_epoch() for _ in range(3)] == timeless(uninterrupted)["history"]
+
+
+AROUND = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("around", AROUND.values(), ids=AROUND)
+def test_what_the_caller_has_around_it_does_not_reach_a_run(few, around):
+    config = replace(SHORT, num_blocks=1)
+    alone = run(few, config, precision="float32")
+    with around():
+        assert timeless(run(few, config, precision="float32")) == timeless(alone)
+
+
+@pytest.mark.parametrize(("num_channels", "path"), [(16, "fused"), (8, "plain")])
+def test_path_and_threads_are_what_was_computed_on(few, num_channels, path):
+    """The plain formula takes all of PyTorch's threads; beside the operator PyTorch has one."""
+    if path == "fused" and fused._library() is None:
+        pytest.skip("no operator here")
+    openmp = threadpoolctl.ThreadpoolController().select(user_api="openmp")
+    seen, threads = [], torch.get_num_threads()
+
+    def look(epoch, model):
+        seen.append({library["num_threads"] for library in openmp.info()})
+
+    torch.set_num_threads(2)
+    try:
+        record = run(few, Config(num_channels=num_channels, num_blocks=1, num_epochs=1), on_epoch=look)
+    finally:
+        torch.set_num_threads(threads)
+    assert (record["environment"]["path"], record["environment"]["threads"]) == (path, 2)
+    assert seen == [{1 if path == "fused" else 2}]
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="no bfloat16 here")
+@pytest.mark.skipif(fused._library() is None, reason="no operator here")
+@pytest.mark.parametrize(
+    ("environment", "outcome"),
+    [
+        ({"CXX": "g++ -mno-avx512bf16"}, ["float32", "fused", "bfloat16", "plain"]),
+        ({"MIXER_FUSED": "0"}, ["bfloat16", "plain", "bfloat16", "plain"]),
+    ],
+)
+def test_precision_and_path_are_what_the_operator_can(tmp_path, environment, outcome):
+    """A compiler that does not know this processor's bfloat16, and no operator; asked for nothing, then for it."""
+    code = """if True:
+        import torch
+        from mixer import Config, train
+        from mixer.data import Data
+        images, labels = torch.zeros(8, 28, 28, dtype=torch.uint8), torch.arange(8)
+        for precision in (None, "bfloat16"):
+            config = Config(num_blocks=1, num_epochs=1)
+            record = train(config, precision=precision, data=Data(images, labels, images, labels), progress=False)
+            print(record["environment"]["precision"], record["environment"]["path"])
+    """
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | environment
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.stdout.split() == outcome, process.stderr
+
+
 @pytest.mark.skipif(fused._library() is None, reason="PyTorch's own sums depend on the threads")
 @pytest.mark.parametrize("precision", sorted({"float32", find_precision(CPU)}))
 def test_same_record_on_one_thread_and_on_two(few, precision):
@@ -91,7 +163,9 @@ def test_same_record_on_one_thread_and_on_two(few, precision):
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            records.append(run(few, Config(dropout_p=0.1, batch_size=128, num_epochs=2), precision=precision))
+            records.append(
+                run(few, Config(dropout_p=0.1, batch_size=128, num_epochs=2, num_blocks=2), precision=precision)
+            )
             assert torch.get_num_threads() == count
     finally:
         torch.set_num_threads(threads)
@@ -99,10 +173,25 @@ def test_same_record_on_one_thread_and_on_two(few, precision):
     assert timeless(records[0]) == timeless(records[1])
 
 
+def settings() -> tuple:
+    """What is the whole process's, and of the calling thread."""
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_cache_enabled(),
+        torch.is_grad_enabled(),
+    )
+
+
 def test_runs_in_threads_are_those_in_turn_and_change_nothing_of_the_process(few):
     """Several seeds and both precisions at once, while somebody else draws from PyTorch's own generator."""
     configs = [replace(SHORT, seed=seed, num_epochs=2) for seed in range(3)]
-    precisions = [find_precision(CPU), "float32", find_precision(CPU)]
+    configs.append(replace(SHORT, num_epochs=2, num_channels=8, num_blocks=1))  # by the plain formula
+    precisions = [find_precision(CPU), "float32", find_precision(CPU), "float32"]
     in_turn = [run(few, config, precision=p) for config, p in zip(configs, precisions, strict=True)]
     done, seen = threading.Event(), set()
 
@@ -110,23 +199,23 @@ def test_runs_in_threads_are_those_in_turn_and_change_nothing_of_the_process(few
         while not done.is_set():
             torch.manual_seed(0)
             torch.rand(100)
-            seen.add((torch.get_num_threads(), torch.backends.cudnn.deterministic, torch.is_autocast_enabled("cpu")))
-            fresh = threading.Thread(target=lambda: seen.add((torch.get_num_threads(), False, False)))
+            seen.add(settings())
+            fresh = threading.Thread(target=lambda: seen.add(settings()))
             fresh.start()
             fresh.join()
 
-    expected = {(torch.get_num_threads(), False, False)}
+    expected = {settings()}
     other = threading.Thread(target=somebody_else)
     other.start()
     try:
-        with ThreadPoolExecutor(3) as executor:
+        with ThreadPoolExecutor(4) as executor:
             jobs = [executor.submit(run, few, c, precision=p) for c, p in zip(configs, precisions, strict=True)]
             together = [job.result() for job in jobs]
     finally:
         done.set()
         other.join()
     assert [timeless(record) for record in together] == [timeless(record) for record in in_turn]
-    assert seen == expected
+    assert seen == expected == {settings()}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -171,7 +260,7 @@ def test_the_weights_are_those_of_the_best_epoch_and_the_same_bytes_every_time(f
     run(few, weights=tmp_path / "other.safetensors")
     content = (tmp_path / "one.safetensors").read_bytes()
     assert content == (tmp_path / "other.safetensors").read_bytes()
-    model = MlpMixer()
+    model = MlpMixer(num_blocks=2)
     model.load_state_dict(safetensors.torch.load(content))
     logits = torch.cat(list(predict(model, few.test_images, record["environment"]["precision"])))
     best = best_epoch(record)
@@ -182,13 +271,64 @@ def test_the_weights_are_those_of_the_best_epoch_and_the_same_bytes_every_time(f
     assert torch.equal(load_model(tmp_path / "one.safetensors").head.weight, model.head.weight)
 
 
+def test_what_a_callback_does_to_the_model_between_epochs_draws_nothing_of_the_run(few, uninterrupted):
+    def meddle(epoch, model):
+        epoch.clear()
+        model.train()
+        model(torch.zeros(4, 1, 28, 28)).sum().backward()
+
+    assert timeless(run(few, on_epoch=meddle)) == timeless(uninterrupted)
+
+
 @pytest.mark.parametrize("argument", ["checkpoint", "weights"])
 def test_a_place_that_cannot_be_written_is_said_before_training(few, tmp_path, argument, monkeypatch):
     monkeypatch.setattr(Training, "train_epoch", None)
     (tmp_path / "file").write_text("x")
-    for place in (tmp_path, str(tmp_path / "file" / "below")):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "run.pt.before").mkdir()
+    places = [tmp_path, str(tmp_path / "file" / "below"), tmp_path / "pipe", ""]
+    for place in places + [tmp_path / "run.pt"] * (argument == "checkpoint"):
         with pytest.raises(OSError, match="cannot be written"):
             run(few, **{argument: place})
+
+
+def test_weights_that_cannot_be_written_after_all_do_not_cost_the_record(few, tmp_path, uninterrupted, caplog):
+    weights = tmp_path / "best.safetensors"
+    record = run(few, weights=weights, on_epoch=lambda epoch, model: weights.mkdir(exist_ok=True))
+    assert timeless(record) == timeless(uninterrupted)
+    assert "safetensors cannot be written" in caplog.text and "The record is returned" in caplog.text
+
+
+def test_another_default_dtype_is_refused(few):
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match=r"torch\.set_default_dtype\(torch\.float32\)"):
+            run(few)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("patch_size", [(32, 32), (4, 29), (5, 4)])
+def test_patches_that_do_not_tile_the_images_are_refused(few, patch_size):
+    with pytest.raises(ValueError, match="{}×{} do not tile an image of 28×28".format(*patch_size)):
+        run(few, replace(SHORT, patch_size=patch_size))
+
+
+def test_inputs_may_be_scaled_only(few):
+    record = run(few, replace(SHORT, inputs="scaled", num_epochs=1))
+    assert (record["environment"]["pixel_mean"], record["environment"]["pixel_std"]) == (0.0, 1.0)
+    by_hand = replace(few, pixel_mean=0.0, pixel_std=1.0)
+    assert timeless(record)["history"] == timeless(run(by_hand, replace(SHORT, num_epochs=1)))["history"]
+
+
+def test_weights_that_cannot_be_written_after_all_cost_no_training(few, tmp_path, uninterrupted, trained_epochs):
+    weights = tmp_path / "best.safetensors"
+    files = {"weights": weights, "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(OSError, match="safetensors cannot be written"):
+        run(few, **files, on_epoch=lambda epoch, model: weights.mkdir(exist_ok=True))
+    weights.rmdir()
+    assert timeless(run(few, **files)) == timeless(uninterrupted) and weights.is_file()
+    assert trained_epochs == [1, 2, 3]
 
 
 # ---------------------------------------------------------------- cut off
@@ -201,7 +341,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_record(tmp_path, uninter
     moments = random.Random(0)
     outcome = tmp_path / "record.json"
     kills = 0
-    patience = 0.2
+    patience = 0.1
     while not outcome.exists():
         process = context.Process(target=train_in_a_process, args=(tmp_path,))
         process.start()
@@ -251,6 +391,21 @@ def trained_epochs(monkeypatch):
     return epochs
 
 
+def test_an_interruption_is_handed_on_whole_by_a_process():
+    other = pickle.loads(pickle.dumps(Interrupted("Interrupted.", [{"epoch": 1}])))
+    assert (str(other), other.history) == ("Interrupted.", [{"epoch": 1}])
+
+
+def test_a_callback_that_fails_leaves_the_checkpoint(few, tmp_path, uninterrupted, trained_epochs):
+    def fail(epoch, model):
+        raise RuntimeError("The caller's own.")
+
+    with pytest.raises(RuntimeError, match=r"^The caller's own\.$"):
+        run(few, checkpoint=tmp_path / "run.pt", on_epoch=fail)
+    assert timeless(run(few, checkpoint=tmp_path / "run.pt")) == timeless(uninterrupted)
+    assert trained_epochs == [1, 2, 3]
+
+
 def test_a_checkpoint_is_used(few, cut_off, uninterrupted, caplog, trained_epochs):
     assert timeless(run(few, checkpoint=cut_off)) == timeless(uninterrupted)
     assert trained_epochs == [3] and not caplog.records
@@ -260,6 +415,7 @@ DAMAGE = {
     "cut short": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
     "not a checkpoint": lambda content: b"Hello",
+    "made by somebody else": lambda content: foreign(),
     **{f"a bit at {share:.0%}": lambda content, share=share: flipped(content, share) for share in (0.0, 0.3, 0.7, 1.0)},
 }
 
@@ -269,6 +425,21 @@ def flipped(content: bytes, share: float) -> bytes:
     return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
 
 
+def foreign() -> bytes:
+    content = io.BytesIO()
+    torch.save({"model": torch.zeros(3)}, content)
+    return content.getvalue()
+
+
+def test_no_flipped_bit_is_overlooked(few, cut_off):
+    content, places = cut_off.read_bytes(), random.Random(0)
+    this = _Run(Training(SHORT, CPU, find_precision(CPU), few))
+    for _ in range(50):
+        with pytest.raises(ValueError, match="damaged"):
+            this._restore(flipped(content, places.random()))
+    this._restore(content)
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     few, cut_off, uninterrupted, caplog, damage, trained_epochs
@@ -276,7 +447,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     cut_off.write_bytes(damage(cut_off.read_bytes()))
     assert timeless(run(few, checkpoint=cut_off)) == timeless(uninterrupted)
     [message] = [record.getMessage() for record in caplog.records]
-    assert str(cut_off) in message and "passed over" in message and "\n" not in message
+    assert str(cut_off) in message and "goes on after epoch 1" in message and "\n" not in message
     assert trained_epochs == [2, 3]
 
 
@@ -292,7 +463,8 @@ def test_a_checkpoint_of_another_run_starts_this_one_afresh(few, cut_off, caplog
     else:
         monkeypatch.setattr("mixer.records._CODE", "other code")
     record = run(data, config, checkpoint=cut_off, **options)
-    assert trained_epochs == [1, 2, 3] and len(caplog.records) == 1 and "starts afresh" in caplog.text
+    [message] = [record.getMessage() for record in caplog.records]
+    assert trained_epochs == [1, 2, 3] and "other code, data, config" in message and "starts afresh" in message
     assert timeless(record)["history"] == timeless(run(data, config, **options))["history"]
 
 
@@ -322,7 +494,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_sentence_and_the_one_before_
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(few):
-    record = run(few, Config(lr=1e30, batch_size=64, num_epochs=2))
+    record = run(few, Config(lr=1e30, batch_size=64, num_epochs=2, num_blocks=1))
     assert record["diverged"]["epoch"] == 1 and record["history"] == []
     json.dumps(record, allow_nan=False)
 
@@ -371,24 +543,49 @@ train(Config(num_epochs=500, num_blocks=1, limit=256), progress=False, checkpoin
     assert "Interrupted after " in errors.splitlines()[-1] and (tmp_path / "run.pt").exists()
 
 
-def test_code_that_changed_on_disk_meanwhile_is_not_what_the_record_names(tmp_path):
-    """Commit and hash are those of the code that was loaded."""
+def test_a_run_goes_on_only_with_the_code_that_began_it(tmp_path):
+    """That is the code that was loaded, not what lies there when a checkpoint is written."""
     shutil.copytree(ROOT / "mixer", tmp_path / "mixer", ignore=shutil.ignore_patterns("__pycache__"))
-    code = """if True:
-        import hashlib, pathlib, sys
-        sys.path.insert(0, ".")
-        from mixer import records
-        before = records.environment(records.torch.device("cpu"), "float32")["code_sha256"]
-        with open("mixer/train.py", "a") as file:
-            file.write("# changed")
-        assert records.environment(records.torch.device("cpu"), "float32")["code_sha256"] == before
-        print(before)
-    """
-    hashes = [
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True).stdout
-        for _ in range(2)
-    ]
-    assert len(set(hashes)) == 2 and all(len(line) == 65 for line in hashes)
+    script = tmp_path / "script.py"
+    script.write_text("""if True:
+        import sys
+        import torch
+        from mixer import Config, train
+        from mixer.data import Data
+        from mixer.runs import Interrupted
+
+        def look(epoch, model):
+            print(int(epoch["epoch"]))
+            if "stop" in sys.argv:
+                with open("mixer/train.py", "a") as file:
+                    file.write("# changed")
+                if epoch["epoch"] == 2:
+                    raise KeyboardInterrupt
+
+        images, labels = torch.zeros(8, 28, 28, dtype=torch.uint8), torch.arange(8)
+        data = Data(images, labels, images, labels)
+        try:
+            train(Config(num_blocks=1, num_epochs=3), data=data, checkpoint="run.pt", on_epoch=look, progress=False)
+        except Interrupted:
+            pass
+    """)
+
+    def trained(*arguments: str) -> tuple[list[str], list[str]]:
+        command = [sys.executable, "-B", str(script), *arguments]
+        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        return process.stdout.split(), process.stderr.splitlines()
+
+    loop = tmp_path / "mixer" / "train.py"
+    began = loop.read_bytes()
+    assert trained("stop")[0] == ["1", "2"]
+    changed, checkpoint = loop.read_bytes(), (tmp_path / "run.pt").read_bytes()
+    loop.write_bytes(began)
+    assert trained() == (["3"], [])
+    loop.write_bytes(changed)
+    (tmp_path / "run.pt").write_bytes(checkpoint)
+    epochs, [warning] = trained()
+    assert epochs == ["1", "2", "3"] and "other code" in warning
 
 
 def test_the_progress_bar_puts_numbers_first_and_can_be_switched_off(few, capsys):

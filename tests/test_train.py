@@ -1,9 +1,7 @@
 """The loop: it learns, draws from its own generator alone, and says where a loss is not finite."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +11,8 @@ from mixer import fused
 from mixer.config import Config
 from mixer.train import Diverged, Training, find_device, find_precision, part_of, predict
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-SHORT = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3)
+SHORT = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, num_blocks=2)
 
 
 def training(few, config=SHORT, precision=None) -> Training:
@@ -23,8 +20,7 @@ def training(few, config=SHORT, precision=None) -> Training:
 
 
 def test_it_learns_real_images(data):
-    """Three thousand images and two epochs, with the coursework's settings but a smaller batch."""
-    run = training(first_images(data, 3000, 1000), Config(lr=0.001, batch_size=32, num_epochs=2))
+    run = training(first_images(data, 1500, 1000), Config(lr=0.005, batch_size=25, num_epochs=2, num_blocks=2))
     first, second = run.train_epoch(), run.train_epoch()
     assert second["test_accuracy"] > 0.6 and second["train_loss"] < first["train_loss"]
     assert (first["epoch"], second["epoch"]) == (1, 2)
@@ -43,11 +39,13 @@ def test_losses_and_accuracies_are_those_of_the_model(few):
 @pytest.mark.skipif(find_precision(CPU) != "bfloat16", reason="no bfloat16 here")
 def test_no_two_classes_tie_for_the_first_place(data):
     """In bfloat16 the head gave 19 of the 10,000 test images two best classes."""
-    run = training(first_images(data, 3000, 5000), Config(lr=0.01, batch_size=64, num_epochs=1))
+    run = training(first_images(data, 1000, 3000), Config(lr=0.01, batch_size=50, num_epochs=1, num_blocks=2))
     run.train_epoch()
     logits = torch.cat(list(predict(run.model, run.data.test_images, "bfloat16")))
     best, second = logits.topk(2).values.T
     assert (best > second).all()
+    best, second = logits.bfloat16().topk(2).values.T
+    assert not (best > second).all()
 
 
 def test_what_it_draws_is_its_own(few):
@@ -61,7 +59,7 @@ def test_what_it_draws_is_its_own(few):
     torch.random.set_rng_state(state)
     training(few).train_epoch()
     assert torch.equal(torch.random.get_rng_state(), state), "training must leave the caller's random state alone"
-    other = training(few, Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, seed=1))
+    other = training(few, replace(SHORT, seed=1))
     assert other.train_epoch() != one[0]
 
 
@@ -81,7 +79,7 @@ def test_a_loss_that_is_not_finite_names_the_step(few, monkeypatch):
 
 def test_an_absurd_learning_rate_really_diverges(few):
     with pytest.raises(Diverged):
-        training(few, Config(lr=1e30, batch_size=64, num_epochs=2)).train_epoch()
+        training(few, Config(lr=1e30, batch_size=64, num_epochs=2, num_blocks=1)).train_epoch()
 
 
 def test_limit_and_validation_say_what_is_trained_on(few):
@@ -108,27 +106,6 @@ def test_wrong_precisions_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="train in float32"):
         find_precision(CPU, "bfloat16")
-
-
-@pytest.mark.skipif(find_precision(CPU) != "bfloat16", reason="no bfloat16 here")
-def test_an_operator_without_bfloat16_is_not_said_to_have_it(tmp_path):
-    """A compiler that does not know this processor's bfloat16: the words are what is computed."""
-    compiler = tmp_path / "compiler"
-    compiler.write_text('#!/bin/sh\nexec g++ "$@" -mno-avx512bf16\n')
-    compiler.chmod(0o755)
-    code = """if True:
-        import torch
-        from mixer import fused
-        from mixer.model import MlpMixer
-        from mixer.train import find_precision
-        cpu, model = torch.device("cpu"), MlpMixer(num_blocks=1)
-        print(find_precision(cpu), *(fused.path(model.blocks, cpu, p) for p in ("float32", "bfloat16")))
-        with torch.autocast("cpu", torch.bfloat16):
-            model(torch.zeros(1, 1, 28, 28))
-    """
-    environment = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    outcome = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert outcome.stdout.split() == ["float32", "fused", "plain"], outcome.stderr
 
 
 def test_a_model_that_the_operator_does_not_serve_is_said_to_be_plain(few):
