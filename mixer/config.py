@@ -55,6 +55,9 @@ class Config:
     schedule: str = "constant"  # one of SCHEDULES; "linear": up during the first epoch, then down to 0
     flip: bool = False  # mirror half of the training images, drawn anew in every epoch
     shift: int = 0  # move each by up to so many pixels
+    erase: int = 0  # cut a square of so many pixels a side out of each
+    mixup: float = 0.0  # so often, a batch's images and labels are mixed with one another's
+    label_smoothing: float = 0.0
     average: float = 0.0  # what is tested is the weights' moving average, which keeps so much of itself a step
     validation: bool = False  # a twelfth of the training images is held out, and stands for the test images
 
@@ -72,8 +75,11 @@ class Config:
         for name, words in _WORDS.items():
             self._keep(name, str, words.__contains__, f"one of {', '.join(words)}")
         self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
-        self._keep("shift", _whole, lambda pixels: pixels >= 0, "0 or a whole number of pixels")
-        self._keep("average", _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
+        for name in ("shift", "erase"):
+            self._keep(name, _whole, lambda pixels: pixels >= 0, "0 or a whole number of pixels")
+        self._keep("mixup", _real, lambda p: 0 <= p <= 1, "a number from 0.0 to 1.0")
+        for name in ("label_smoothing", "average"):
+            self._keep(name, _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
 
     def _keep(self, name: str, kind: Callable[[Any], Any], fits: Callable[[Any], bool], wanted: str) -> None:
         given = getattr(self, name)
@@ -108,6 +114,9 @@ class Config:
             "schedule": self.schedule,
             "flip": "flip",
             "shift": f"shift{self.shift}",
+            "erase": f"erase{self.erase}",
+            "mixup": f"mixup{_digits(self.mixup)}",
+            "label_smoothing": f"smooth{_digits(self.label_smoothing)}",
             "average": f"average{_digits(self.average)}",
             "validation": "validation",
         }

@@ -137,10 +137,11 @@ def normalise(images: Tensor, mean: float = PIXEL_MEAN, std: float = PIXEL_STD) 
     return images.unsqueeze(1).to(torch.float32).mul_(scale).add_(offset)
 
 
-def augment(images: Tensor, generator: torch.Generator, flip: bool = False, shift: int = 0) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, flip: bool = False, shift: int = 0, erase: int = 0) -> Tensor:
     """Each image (of B, H, W) mirrored left to right with probability 1/2, and moved by up to ``shift`` pixels.
 
-    Every image draws for itself, from a generator of the CPU; what moves in is 0, as Fashion-MNIST's background.
+    ``erase`` is the side of a square that is cut out around any pixel (Cutout, DeVries and Taylor 2017). Every image
+    draws for itself, from a generator of the CPU; what moves in or is cut out is 0, as Fashion-MNIST's background.
     """
     count, height, width = images.shape
     rows, columns = torch.arange(height).expand(count, -1), torch.arange(width).expand(count, -1)
@@ -150,7 +151,13 @@ def augment(images: Tensor, generator: torch.Generator, flip: bool = False, shif
     if flip:
         columns = torch.where(torch.rand(count, 1, generator=generator) < 0.5, columns.flip(1), columns)
     index = torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    return F.pad(images, (shift,) * 4)[tuple(part.to(images.device) for part in index)]
+    images = F.pad(images, (shift,) * 4)[tuple(part.to(images.device) for part in index)]
+    if erase:
+        top, left = (torch.randint(size, (count, 1), generator=generator) - erase // 2 for size in (height, width))
+        down, right = torch.arange(height) - top, torch.arange(width) - left
+        cut = ((down >= 0) & (down < erase))[:, :, None] & ((right >= 0) & (right < erase))[:, None, :]
+        images = images.masked_fill(cut.to(images.device), 0)
+    return images
 
 
 def _check(field: str, tensor: Tensor, dtype: torch.dtype, shape: str) -> None:

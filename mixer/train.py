@@ -105,8 +105,7 @@ class Training:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.train()
         for step, batch in enumerate(order.split(self.config.batch_size)):
-            logits = self._logits(self._augmented(self.data.train_images[batch]))
-            loss = F.cross_entropy(logits, labels[batch])
+            logits, loss = self._forward(self.data.train_images[batch], labels[batch])
             self.model.zero_grad()
             loss.backward()
             self._set_learning_rate(step)
@@ -147,14 +146,25 @@ class Training:
         for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
             group["lr"] = share * group.setdefault("initial_lr", group["lr"])
 
-    def _augmented(self, images: Tensor) -> Tensor:
-        if not (self.config.flip or self.config.shift):
-            return images
-        return augment(images, self.generator, self.config.flip, self.config.shift)
-
-    def _logits(self, images: Tensor) -> Tensor:
+    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and loss of a batch, augmented as the config says."""
+        config = self.config
+        if config.flip or config.shift or config.erase:
+            images = augment(images, self.generator, config.flip, config.shift, config.erase)
+        inputs, share = normalise(images, self.data.pixel_mean, self.data.pixel_std), 1.0
+        if config.mixup and self._uniform() < config.mixup:  # with the batch in reverse, whose order is random
+            share -= self._uniform() / 2
+            inputs = inputs.flip(0).lerp(inputs, share)
         with autocast(self.device, self.precision):
-            return self.model(normalise(images, self.data.pixel_mean, self.data.pixel_std))
+            logits = self.model(inputs)
+        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        if share < 1:
+            other = F.cross_entropy(logits, labels.flip(0), label_smoothing=config.label_smoothing)
+            loss = share * loss + (1 - share) * other
+        return logits, loss
+
+    def _uniform(self) -> float:
+        return float(torch.rand((), generator=self.generator))
 
 
 class Diverged(ArithmeticError):

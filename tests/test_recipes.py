@@ -7,7 +7,7 @@ import torch
 from conftest import first_images
 
 from mixer.config import RECIPES, Config
-from mixer.data import augment, load
+from mixer.data import augment, load, normalise
 from mixer.grid import grid
 from mixer.optimisers import OPTIMISERS
 from mixer.runs import train
@@ -78,6 +78,41 @@ def test_augmented_images_are_the_images_moved_and_mirrored(few):
         seen.update(matches)
     assert len(seen) == 50
     assert torch.equal(augment(images, generator), images)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 7])
+def test_a_square_is_cut_out_around_any_pixel(side):
+    images = torch.full((12_000, 28, 28), 9, dtype=torch.uint8)
+    cut = augment(images, torch.Generator().manual_seed(0), erase=side) == 0
+    tall, wide = cut.any(2).sum(1), cut.any(1).sum(1)
+    assert torch.equal(cut.sum((1, 2)), tall * wide), "not a rectangle"
+    assert tall.max() == wide.max() == side and tall.min() >= side // 2
+    assert cut.any(0).all(), "some pixel is never cut"
+
+
+def test_mixed_images_have_the_mixed_loss_of_both_labels(few):
+    run = training(few, mixup=1.0, label_smoothing=0.1, initialisation="pytorch")
+    images, labels = few.train_images[:8], few.train_labels[:8]
+    state = run.generator.get_state()
+    logits, loss = run._forward(images, labels)
+    run.generator.set_state(state)
+    _, draw = torch.rand((), generator=run.generator), torch.rand((), generator=run.generator)
+    share = 1 - float(draw) / 2
+    plain = normalise(images, few.pixel_mean, few.pixel_std)
+    torch.testing.assert_close(logits, run.model(share * plain + (1 - share) * plain.flip(0)))
+    smooth = torch.nn.functional.one_hot(labels, 10) * 0.9 + 0.01
+    target = share * smooth + (1 - share) * smooth.flip(0)
+    torch.testing.assert_close(loss, -(target * logits.log_softmax(1)).sum(1).mean())
+
+
+def test_a_share_of_the_batches_is_mixed(few):
+    run = training(few, mixup=0.25, num_blocks=1)
+    inputs = normalise(few.train_images[:4], few.pixel_mean, few.pixel_std)
+    seen = []
+    run.model.register_forward_pre_hook(lambda model, given: seen.append(torch.equal(given[0], inputs)))
+    for _ in range(200):
+        run._forward(few.train_images[:4], few.train_labels[:4])
+    assert 30 <= seen.count(False) <= 70
 
 
 def test_the_validation_split_takes_the_test_images_place():

@@ -65,13 +65,14 @@ def test_what_it_draws_is_its_own(few):
 
 def test_a_loss_that_is_not_finite_names_the_step(few, monkeypatch):
     run = training(few)
-    logits, calls = run._logits, []
+    forward, calls = run._forward, []
 
-    def spoilt_logits(images):
+    def spoilt(images, labels):
         calls.append(images)
-        return logits(images) * (math.nan if len(calls) == 7 else 1)
+        logits, loss = forward(images, labels)
+        return logits, loss * (math.nan if len(calls) == 7 else 1)
 
-    monkeypatch.setattr(run, "_logits", spoilt_logits)
+    monkeypatch.setattr(run, "_forward", spoilt)
     run.train_epoch()  # five steps an epoch
     with pytest.raises(Diverged, match="step 2 of epoch 2"):
         run.train_epoch()
