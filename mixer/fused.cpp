@@ -128,8 +128,9 @@ struct Float32 {
         for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) p = p * r + c;
         return (Vec)((Bits)p + exponent);
     }
-    // erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7).
+    // erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7). Without tanh's GELU, which fused.py knows.
     struct Gelu {
+        explicit Gelu(bool) {}
         void operator()(Vec z, Vec* f, Vec* derivative) const {
         Vec u = z < 0.f ? -z : z;
         Vec e = exp(-0.5f * u * u);
@@ -170,12 +171,17 @@ struct Float32 {
 
 #if defined(__AVX512BF16__)
 // F(u) = 2s·gelu(u/s) = u + |u|·erf(|u| / (s·√2)): an even function added to u, by 32 parabolas of width 1/16 in
-// |u|, the last of which is |u| itself. s = 7/16 makes it begin at |z| = 4.36, where gelu(-z) is 3e-5.
+// |u|, the last of which is |u| itself. s = 7/16 makes it begin at |z| = 4.36, where gelu(-z) is 3e-5. Or, instead of
+// erf(z/√2), its approximation tanh(√(2/π)·(z + 0.044715 z³)).
 struct alignas(64) GeluTable {
     float c[3][32];
-    GeluTable() {
+    GeluTable(bool tanh) {
         const double s = 7. / 16, width = 1. / 16;
-        auto f = [&](double u) { return u * std::erf(u / (s * std::sqrt(2.))); };
+        auto f = [&](double u) {
+            const double z = u / s;
+            return u * (tanh ? std::tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
+                             : std::erf(u / (s * std::sqrt(2.))));
+        };
         for (int i = 0; i < 32; i++) {  // through three Chebyshev points of the piece
             double x[3], d[3];
             for (int j = 0; j < 3; j++) x[j] = width * (i + (j - 1) * std::sqrt(3.) / 4), d[j] = f(x[j]);
@@ -186,7 +192,7 @@ struct alignas(64) GeluTable {
         c[0][31] = 0, c[1][31] = 1, c[2][31] = 0;
     }
 };
-const GeluTable gelu_table;
+const GeluTable gelu_tables[] = {false, true};
 
 struct Bfloat16 {
     static constexpr int PAIR = 2;
@@ -216,8 +222,8 @@ struct Bfloat16 {
 
     struct Gelu {
         Vec table[6];  // a copy, which the compiler can keep in registers
-        Gelu() {
-            for (int i = 0; i < 6; i++) table[i] = load(gelu_table.c[0] + i * V);
+        explicit Gelu(bool tanh) {
+            for (int i = 0; i < 6; i++) table[i] = load(gelu_tables[tanh].c[0] + i * V);
         }
         static Vec look_up(Vec low, __m512i i, Vec high) {
             return (Vec)_mm512_permutex2var_ps((__m512)low, i, (__m512)high);
@@ -437,7 +443,7 @@ struct Call {
     float *out, *d_gamma, *d_beta, *d_w1, *d_b1, *d_w2, *d_b2;  // out, which is d_x backward, may be x or grad
     const int64_t* seeds;  // of the hidden layer's dropout and of the outputs'
     int64_t batch, patches, hidden;
-    int32_t over_patches, threshold, skip, threads;
+    int32_t over_patches, threshold, skip, tanh, threads;
 };
 
 // Memory for good: pieces of large blocks in huge pages, which spare the processor its look-ups of many small ones.
@@ -729,7 +735,7 @@ class Mixing {
 
     template <bool DROP>
     void tile_forward(int t, Slice& s) const {
-        const typename P::Gelu gelu;
+        const typename P::Gelu gelu(call.tanh);
         put_normalised(t, s);
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
@@ -770,7 +776,7 @@ class Mixing {
 
     template <bool DROP>
     void tile_backward(int t, Slice& s, bool first) const {
-        const typename P::Gelu gelu;
+        const typename P::Gelu gelu(call.tanh);
         put_normalised(t, s);
         squares(t, [&](int64_t position, int i, int g, int count) {
             Square grad;
@@ -902,8 +908,8 @@ extern "C" int mixing_has_bfloat16() {
 
 // gelu and its derivative, as a tile computes them: for the tests. `count` is a multiple of V.
 template <class P>
-void gelu(const float* z, float* value, float* derivative, int64_t count) {
-    const typename P::Gelu gelu;
+void gelu(const float* z, float* value, float* derivative, int64_t count, bool tanh) {
+    const typename P::Gelu gelu(tanh);
     for (int64_t i = 0; i < count; i += V) {
         Vec f, d;
         gelu(P::ZS * load(z + i), &f, &d);
@@ -911,11 +917,11 @@ void gelu(const float* z, float* value, float* derivative, int64_t count) {
     }
 }
 
-extern "C" void mixing_gelu(const float* z, float* value, float* derivative, int64_t count, int bfloat16) {
+extern "C" void mixing_gelu(const float* z, float* value, float* derivative, int64_t count, int tanh, int bfloat16) {
 #if defined(__AVX512BF16__)
-    if (bfloat16) return gelu<Bfloat16>(z, value, derivative, count);
+    if (bfloat16) return gelu<Bfloat16>(z, value, derivative, count, tanh);
 #endif
-    gelu<Float32>(z, value, derivative, count);
+    gelu<Float32>(z, value, derivative, count, tanh);
 }
 
 // What fused.py passes: the mixings of all blocks, one after the other, along the patches and along the channels in
@@ -925,7 +931,7 @@ struct Chain {
     const float* const* parameters;
     const int64_t *hidden, *seeds;
     int64_t mixings, batch, patches;
-    int32_t threshold, skip, threads, bfloat16;
+    int32_t threshold, skip, tanh, threads, bfloat16;
 
     int64_t size() const { return batch * patches * C; }
     void run(int i, const float* from, const float* grad, float* to, float* const* gradients) const {
@@ -933,7 +939,7 @@ struct Chain {
         float* d[6] = {};
         if (grad) std::copy_n(gradients + 6 * i, 6, d);
         const Call call = {from, w[0], w[1], w[2], w[3], w[4], w[5], grad, to, d[0], d[1], d[2], d[3], d[4], d[5],
-                           seeds + 2 * i, batch, patches, hidden[i], i % 2 == 0, threshold, skip, threads};
+                           seeds + 2 * i, batch, patches, hidden[i], i % 2 == 0, threshold, skip, tanh, threads};
 #if defined(__AVX512BF16__)
         if (bfloat16) return Mixing<Bfloat16>(call, grad != nullptr).run();
 #endif

@@ -41,19 +41,25 @@ def mixing(blocks: nn.ModuleList, x: Tensor) -> Tensor:
     blocks = list(blocks)
     precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     bfloat16 = precision == torch.bfloat16
-    parameters = _parameters(blocks) if precision == torch.float32 or bfloat16 else None
+    parameters = _parameters(blocks, bfloat16) if precision == torch.float32 or bfloat16 else None
     if parameters and _fits(x, parameters) and not (_is_transformed() or _is_recorded()) and _available(bfloat16):
-        dropout, count = blocks[0].dropout, len(blocks)
+        first, dropout, count = blocks[0], blocks[0].dropout, len(blocks)
         p = dropout.p if dropout.active else 0.0
         seeds = dropout.seeds(count, 4) if p else torch.zeros(count, 4, dtype=torch.int64)
-        return fused(x, parameters, seeds, p, bfloat16, blocks[0].skip_connections)
+        return fused(x, parameters, seeds, p, bfloat16, first.skip_connections, first.gelu)
     for block in blocks:
         x = block(x)
     return x
 
 
 def fused(
-    x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip_connections: bool = True
+    x: Tensor,
+    parameters: list[Tensor],
+    seeds: Tensor,
+    p: float,
+    bfloat16: bool,
+    skip_connections: bool = True,
+    gelu: str = "exact",
 ) -> Tensor:
     """The blocks by the operator, ``torch.ops.mixer.mixing``: (B, S, 16) -> (B, S, 16), float32 on the CPU.
 
@@ -63,6 +69,7 @@ def fused(
 
     ``bfloat16`` multiplies in bfloat16 and adds in float32, where the CPU can; GELU is then within 1e-4, the gradients
     of each of a block's MLPs within 1 % (relative error of the norm). Otherwise within 1e-6, and gradients 1e-5.
+    ``gelu`` is "exact" or, in bfloat16 only, "tanh".
     Output and gradients are the same bit for bit on any number of threads.
 
     Raises ValueError for tensors that do not fit together or are too large, RuntimeError where the operator cannot be
@@ -71,13 +78,14 @@ def fused(
     if _is_transformed():
         _refuse()
     keep = torch.is_grad_enabled()
-    return torch.ops.mixer.mixing(x, parameters, seeds, p, bfloat16, skip_connections, keep)[0]
+    return torch.ops.mixer.mixing(x, parameters, seeds, p, bfloat16, skip_connections, gelu, keep)[0]
 
 
 def path(blocks: nn.ModuleList, device: torch.device, precision: str) -> str:
     """What ``mixing`` runs for these blocks on a device, in "float32" or "bfloat16": "fused" or "plain"."""
-    serves = device.type == "cpu" and isinstance(blocks, nn.ModuleList) and _parameters(list(blocks))
-    return "fused" if serves and _available(precision == "bfloat16") else "plain"
+    bfloat16 = precision == "bfloat16"
+    serves = device.type == "cpu" and isinstance(blocks, nn.ModuleList) and _parameters(list(blocks), bfloat16)
+    return "fused" if serves and _available(bfloat16) else "plain"
 
 
 def multiplies_in_bfloat16() -> bool:
@@ -146,7 +154,7 @@ _CALL = nn.Module.__call__
 _FUNCTIONS = (F.linear, F.layer_norm, F.gelu)
 
 
-def _parameters(blocks: list[nn.Module]) -> list[Tensor] | None:
+def _parameters(blocks: list[nn.Module], bfloat16: bool) -> list[Tensor] | None:
     """The blocks' parameters, where the operator gives what the blocks' own ``forward`` would; else None.
 
     Asked at every call, since a model can be changed at any time. It looks into the modules' dictionaries, which takes
@@ -158,20 +166,28 @@ def _parameters(blocks: list[nn.Module]) -> list[Tensor] | None:
     for block in blocks:
         if type(block) not in _BLOCKS or not _is_as_written(block):
             return None
-        layer, dropout, skip = block._modules.get, block._modules.get("dropout"), block.__dict__.get("skip_connections")
+        layer, own, dropout = block._modules.get, block.__dict__.get, block._modules.get("dropout")
+        skip, gelu = own("skip_connections"), own("gelu")
         for mlp in ("patches", "channels"):
             of_mlp = _parameters_of_an_mlp(layer(f"{mlp}_norm"), layer(f"{mlp}_in"), layer(f"{mlp}_out"))
             if not of_mlp or (mlp == "channels" and of_mlp[5].shape[0] != CHANNELS):
                 return None
             parameters += of_mlp
-        if type(skip) is not bool or type(dropout) is not Dropout or not _is_as_written(dropout):
+        if type(skip) is not bool or type(gelu) is not str or not _knows(gelu, bfloat16):
             return None
-        settings = (skip, dropout.p, dropout.generator) if dropout.active else (skip, 0.0, None)
+        if type(dropout) is not Dropout or not _is_as_written(dropout):
+            return None
+        settings = (skip, gelu, dropout.p, dropout.generator) if dropout.active else (skip, gelu, 0.0, None)
         first = first or settings
-        if settings != first or type(settings[1]) is not float or settings[1] >= 1:
+        if settings != first or type(settings[2]) is not float or settings[2] >= 1:
             return None
     # One parameter in two places is another model than the operator's, whatever else is as it was.
     return parameters if len(set(map(id, parameters))) == len(parameters) else None
+
+
+def _knows(gelu: str, bfloat16: bool) -> bool:
+    """Whether the operator computes it: in bfloat16 each is a table, in float32 there is one formula."""
+    return gelu == "exact" or (gelu == "tanh" and bfloat16)
 
 
 def _parameters_of_an_mlp(norm: nn.Module, into: nn.Module, out: nn.Module) -> list[Tensor] | None:
@@ -261,10 +277,12 @@ class _Chain(ctypes.Structure):
         ("hidden", ctypes.POINTER(ctypes.c_int64)),
         ("seeds", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("mixings", "batch", "patches")),
-        *((name, ctypes.c_int32) for name in ("threshold", "skip", "threads", "bfloat16")),
+        *((name, ctypes.c_int32) for name in ("threshold", "skip", "tanh", "threads", "bfloat16")),
     )
 
-    def __init__(self, x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip: bool):
+    def __init__(
+        self, x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip: bool, gelu: str
+    ):
         hidden = [w1.shape[0] for w1 in parameters[2::6]]
         super().__init__(
             x.data_ptr(),
@@ -275,6 +293,7 @@ class _Chain(ctypes.Structure):
             *x.shape[:2],
             threshold(p),
             skip,
+            gelu == "tanh",
             threads(),
             bfloat16,
         )
@@ -288,7 +307,9 @@ def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
 
 
-def _check(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, *likes: Tensor) -> None:
+def _check(
+    x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, gelu: str, *likes: Tensor
+) -> None:
     """Raises ValueError unless everything is what the library takes it to be."""
     for tensor in (x, *parameters, *likes):
         if not _is_plain(tensor):
@@ -312,6 +333,8 @@ def _check(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat1
         raise ValueError(f"seeds have to be int64 (blocks, 4) on the CPU, not {seeds.dtype} {tuple(seeds.shape)}")
     if not 0 <= p < 1:
         raise ValueError(f"p is a probability below 1, not {p}")
+    if not _knows(gelu, bfloat16):
+        raise ValueError(f"gelu has to be exact or, in bfloat16 only, tanh, not {gelu}")
     if forward_ad._current_level >= 0:
         _refuse()
     if _library() is None:
@@ -322,14 +345,14 @@ def _check(x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat1
 
 @torch.library.custom_op("mixer::mixing", mutates_args=(), device_types="cpu")
 def _mixing(
-    x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip: bool, keep: bool
+    x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip: bool, gelu: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
     """The output, and the outputs of all MLPs but the last, if they are to be kept for the backward pass."""
-    _check(x, parameters, seeds, p, bfloat16)
+    _check(x, parameters, seeds, p, bfloat16, gelu)
     x, seeds, *parameters = _contiguous([x, seeds, *parameters])
     output, stream = torch.empty_like(x), x.new_empty(_stream_shape(x, parameters, keep))
     if x.numel():
-        chain = _Chain(x, parameters, seeds, p, bfloat16, skip)
+        chain = _Chain(x, parameters, seeds, p, bfloat16, skip, gelu)
         _library().mixing_forward(chain, stream.data_ptr() if keep else None, output.data_ptr())
     return output, stream
 
@@ -344,9 +367,10 @@ def _mixing_backward(
     p: float,
     bfloat16: bool,
     skip: bool,
+    gelu: str,
 ) -> list[Tensor]:
     """The gradients of x and of the parameters."""
-    _check(x, parameters, seeds, p, bfloat16, grad, stream)
+    _check(x, parameters, seeds, p, bfloat16, gelu, grad, stream)
     for name, tensor, shape in (("grad", grad, x.shape), ("stream", stream, _stream_shape(x, parameters, True))):
         if tensor.shape != shape:
             raise ValueError(f"{name} has to be {tuple(shape)}, not {tuple(tensor.shape)}")
@@ -354,13 +378,13 @@ def _mixing_backward(
     if not x.numel():
         return [torch.zeros_like(t) for t in (x, *parameters)]
     gradients = [torch.empty_like(t) for t in (x, *parameters)]
-    chain = _Chain(x, parameters, seeds, p, bfloat16, skip)
+    chain = _Chain(x, parameters, seeds, p, bfloat16, skip, gelu)
     _library().mixing_backward(chain, stream.data_ptr(), grad.data_ptr(), _pointers(gradients))
     return gradients
 
 
 @_mixing.register_fake
-def _(x, parameters, seeds, p, bfloat16, skip, keep):
+def _(x, parameters, seeds, p, bfloat16, skip, gelu, keep):
     return x.new_empty(x.shape), x.new_empty(_stream_shape(x, parameters, keep))
 
 
@@ -374,7 +398,7 @@ def _stream_shape(x: Tensor, parameters: list[Tensor], keep: bool) -> tuple[int,
 
 
 def _save(ctx, inputs, output) -> None:
-    x, parameters, seeds, ctx.p, ctx.bfloat16, ctx.skip, keep = inputs
+    x, parameters, seeds, *ctx.settings, keep = inputs
     if not keep:
         raise ValueError("mixing has to be told to keep what its backward pass needs")
     ctx.save_for_backward(x, output[1], seeds, *parameters)
@@ -384,12 +408,12 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, _):
     if grad is None:
-        return None, [None] * len(ctx.saved_tensors[3:]), None, None, None, None, None
+        return None, [None] * len(ctx.saved_tensors[3:]), None, None, None, None, None, None
     if torch._C._functorch.is_legacy_batchedtensor(grad):  # torch.autograd.grad(..., is_grads_batched=True)
         _refuse()
     x, stream, seeds, *parameters = ctx.saved_tensors
-    d_x, *gradients = torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, ctx.p, ctx.bfloat16, ctx.skip)
-    return d_x, gradients, None, None, None, None, None
+    d_x, *gradients = torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, *ctx.settings)
+    return d_x, gradients, None, None, None, None, None, None
 
 
 def _refuse(*_):
@@ -414,7 +438,7 @@ def _library() -> ctypes.CDLL | None:
     pointer, chain = ctypes.c_void_p, ctypes.POINTER(_Chain)
     library.mixing_forward.argtypes = [chain, pointer, pointer]
     library.mixing_backward.argtypes = [chain, pointer, pointer, pointer]
-    library.mixing_gelu.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int]
+    library.mixing_gelu.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     for function in (library.mixing_forward, library.mixing_backward, library.mixing_gelu):
         function.restype = None
     return library

@@ -9,6 +9,7 @@ What is written here is what is computed, on every device. On a CPU one operator
 faster, as long as they are exactly these: change one, and PyTorch runs what you wrote.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -18,11 +19,7 @@ from torch import Tensor, nn
 from mixer.dropout import Dropout
 from mixer.fused import mixing, operator_computes
 
-
-def _lecun_normal(weight: Tensor, fan_in: int, generator: torch.Generator | None) -> None:
-    # A normal cut at two standard deviations has a deviation of 0.8796; dividing by it restores 1/sqrt(fan_in).
-    std = fan_in**-0.5 / 0.87962566103423978
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+_APPROXIMATION = {"exact": "none", "tanh": "tanh"}  # of GELU, as F.gelu calls it
 
 
 def _uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.Module:
@@ -30,12 +27,34 @@ def _uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.M
     return nn.utils.skip_init(layer, *sizes, device=torch.get_default_device(), **settings)
 
 
-def _linear(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.Linear:
-    """A linear layer initialised as Flax does it, because the paper's code leaves it to Flax: LeCun normal."""
+def _initialise(layer: nn.Linear | nn.Conv2d, initialisation: str, generator: torch.Generator | None) -> None:
+    """As Flax does it, because the paper's code leaves it to Flax (LeCun normal), or as PyTorch does by default."""
+    fan_in = layer.weight.shape[1:].numel()
+    if initialisation == "flax":
+        # A normal cut at two standard deviations has a deviation of 0.8796; dividing by it restores 1/sqrt(fan_in).
+        std = fan_in**-0.5 / 0.87962566103423978
+        nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+        nn.init.zeros_(layer.bias)
+    elif initialisation == "pytorch":  # what the layer's reset_parameters does, which takes no generator
+        bound = 1 / math.sqrt(fan_in)
+        nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    else:
+        raise ValueError(f"initialisation is {initialisation!r}, but it has to be flax or pytorch")
+
+
+def _linear(fan_in: int, fan_out: int, initialisation: str, generator: torch.Generator | None) -> nn.Linear:
     layer = _uninitialised(nn.Linear, fan_in, fan_out)
-    _lecun_normal(layer.weight, fan_in, generator)
-    nn.init.zeros_(layer.bias)
+    _initialise(layer, initialisation, generator)
     return layer
+
+
+def count_patches(image: tuple[int, int], patch: tuple[int, int]) -> int:
+    """The patches of an image; both sizes are (height, width). Raises ValueError when they do not tile it."""
+    (height, width), (ph, pw) = image, patch
+    if height % ph or width % pw or not height * width:
+        raise ValueError(f"patches of {ph}×{pw} do not tile an image of {height}×{width}")
+    return (height // ph) * (width // pw)
 
 
 class Stem(nn.Conv2d):
@@ -58,9 +77,13 @@ class MixerBlock(nn.Module):
         U = X + W2 σ(W1 LayerNorm(X))        token mixing: along the patches, the same for every channel
         Y = U + W4 σ(W3 LayerNorm(U))        channel mixing: along the channels, the same for every patch
 
-    σ is GELU. Dropout, which the paper's code does not have, follows σ and each MLP's output, as in timm's ``Mlp``.
+    σ is GELU, "exact" or the approximation by "tanh" that the paper's code gets from Flax: at most 5e-4 away.
+    Dropout, which that code does not have, follows σ and each MLP's output, as in timm's ``Mlp``.
     ``skip_connections=False`` leaves out ``X +`` and ``U +``. ``forward``: (B, S, C) -> (B, S, C).
+    ``initialisation`` of the linear layers is that of "flax", which the paper's code takes, or of "pytorch".
     ``generator`` draws the weights and dropout's seeds; PyTorch's default one when it is None.
+
+    Raises ValueError for an impossible dropout and for other words.
     """
 
     def __init__(
@@ -71,25 +94,32 @@ class MixerBlock(nn.Module):
         channels_mlp_dim: int,
         dropout_p: float = 0.0,
         skip_connections: bool = True,
+        gelu: str = "exact",
+        initialisation: str = "flax",
         generator: torch.Generator | None = None,
     ):
         super().__init__()
+        if gelu not in _APPROXIMATION:
+            raise ValueError(f"gelu is {gelu!r}, but it has to be exact or tanh")
         self.skip_connections = skip_connections
+        self.gelu = gelu
+        how = initialisation, generator
         self.patches_norm = nn.LayerNorm(num_channels, eps=1e-6)
-        self.patches_in = _linear(num_patches, patches_mlp_dim, generator)  # W1
-        self.patches_out = _linear(patches_mlp_dim, num_patches, generator)  # W2
+        self.patches_in = _linear(num_patches, patches_mlp_dim, *how)  # W1
+        self.patches_out = _linear(patches_mlp_dim, num_patches, *how)  # W2
         self.channels_norm = nn.LayerNorm(num_channels, eps=1e-6)
-        self.channels_in = _linear(num_channels, channels_mlp_dim, generator)  # W3
-        self.channels_out = _linear(channels_mlp_dim, num_channels, generator)  # W4
+        self.channels_in = _linear(num_channels, channels_mlp_dim, *how)  # W3
+        self.channels_out = _linear(channels_mlp_dim, num_channels, *how)  # W4
         self.dropout = Dropout(dropout_p, generator)
 
     def forward(self, x: Tensor) -> Tensor:
+        approximate = _APPROXIMATION[self.gelu]
         y = self.patches_norm(x).transpose(1, 2)  # (B, C, S)
-        y = self.dropout(F.gelu(self.patches_in(y)))
+        y = self.dropout(F.gelu(self.patches_in(y), approximate=approximate))
         y = self.dropout(self.patches_out(y).transpose(1, 2))  # (B, S, C)
         u = x + y if self.skip_connections else y.to(x.dtype)
         y = self.channels_norm(u)
-        y = self.dropout(F.gelu(self.channels_in(y)))
+        y = self.dropout(F.gelu(self.channels_in(y), approximate=approximate))
         y = self.dropout(self.channels_out(y))
         return u + y if self.skip_connections else y.to(x.dtype)
 
@@ -99,9 +129,11 @@ class MlpMixer(nn.Module):
 
     ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too.
     ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU, draws the initial
-    weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does.
+    weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does. The rest is as in
+    ``MixerBlock``; the head is zero at first, unless ``initialisation`` is "pytorch".
 
-    Raises ValueError for an impossible dropout, and when the patches do not tile an image or are not ``num_patches``.
+    Raises ValueError for an impossible dropout, for other words, and when the patches do not tile an image or are not
+    ``num_patches``.
     """
 
     def __init__(
@@ -115,6 +147,8 @@ class MlpMixer(nn.Module):
         channels_mlp_dim: int = 512,
         dropout_p: float = 0.0,
         skip_connections: bool = True,
+        gelu: str = "exact",
+        initialisation: str = "flax",
         generator: torch.Generator | None = None,
     ):
         super().__init__()
@@ -122,24 +156,26 @@ class MlpMixer(nn.Module):
         self.num_classes = num_classes
         self.num_blocks = num_blocks
         self.patch_size = (height, width)
-        self.num_patches = (28 // height) * (28 // width) if num_patches is None else num_patches
+        self.num_patches = count_patches((28, 28), self.patch_size) if num_patches is None else num_patches
         self.num_channels = num_channels
         self.patches_mlp_dim = patches_mlp_dim
         self.channels_mlp_dim = channels_mlp_dim
         self.dropout_p = dropout_p
         self.skip_connections = skip_connections
+        self.gelu = gelu
 
         self.stem = _uninitialised(Stem, 1, num_channels, self.patch_size, stride=self.patch_size)
-        _lecun_normal(self.stem.weight, height * width, generator)
-        nn.init.zeros_(self.stem.bias)
+        _initialise(self.stem, initialisation, generator)
         sizes = (self.num_patches, num_channels, patches_mlp_dim, channels_mlp_dim)
-        self.blocks = nn.ModuleList(
-            MixerBlock(*sizes, dropout_p, skip_connections, generator) for _ in range(num_blocks)
-        )
+        settings = (dropout_p, skip_connections, gelu, initialisation, generator)
+        self.blocks = nn.ModuleList(MixerBlock(*sizes, *settings) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(num_channels, eps=1e-6)
         self.head = _uninitialised(nn.Linear, num_channels, num_classes)
-        nn.init.zeros_(self.head.weight)  # as in the paper's code: training starts from equal logits
-        nn.init.zeros_(self.head.bias)
+        if initialisation == "pytorch":
+            _initialise(self.head, initialisation, generator)
+        else:
+            nn.init.zeros_(self.head.weight)  # as in the paper's code: training starts from equal logits
+            nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         self._check(images)
@@ -154,9 +190,7 @@ class MlpMixer(nn.Module):
         if images.ndim != 4 or images.shape[1] != 1:
             raise ValueError(f"images are (batch, 1, height, width), not {tuple(images.shape)}")
         (height, width), (ph, pw) = images.shape[2:], self.patch_size
-        if height % ph or width % pw:
-            raise ValueError(f"patches of {ph}×{pw} do not tile an image of {height}×{width}")
-        tiles = (height // ph) * (width // pw)
+        tiles = count_patches((height, width), self.patch_size)
         if tiles != self.num_patches:
             raise ValueError(
                 f"an image of {height}×{width} has {tiles} patches of {ph}×{pw}, but num_patches is {self.num_patches}"

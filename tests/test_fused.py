@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,13 @@ from mixer.model import MixerBlock, MlpMixer
 REPOSITORY = Path(__file__).parents[1]
 needs_library = pytest.mark.skipif(build.library() is None, reason="the operator cannot be built here")
 HAS_BFLOAT16 = build.library() is not None and bool(build.library().mixing_has_bfloat16())
-PRECISIONS = [
-    pytest.param(False, id="float32"),
-    pytest.param(True, id="bfloat16", marks=pytest.mark.skipif(not HAS_BFLOAT16, reason="no AVX512-BF16")),
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="no AVX512-BF16")
+PRECISIONS = [pytest.param(False, id="float32"), pytest.param(True, id="bfloat16", marks=needs_bfloat16)]
+# The same with the GELUs that there are.
+KINDS = [
+    pytest.param(False, "exact", id="float32"),
+    pytest.param(True, "exact", id="bfloat16", marks=needs_bfloat16),
+    pytest.param(True, "tanh", id="tanh in bfloat16", marks=needs_bfloat16),
 ]
 # (batch, patches, hidden along patches, hidden along channels): the coursework's, and what fills no tile either way
 SHAPES = [
@@ -58,9 +63,9 @@ def inputs(batch, patches, *hidden, seed=0):
     return (x, *parameters), grad
 
 
-def formula(shape, seed, p, skip=True):
+def formula(shape, seed, p, skip=True, gelu="exact"):
     """The block in plain PyTorch, float64, as a function of x and the parameters."""
-    block = MixerBlock(shape[1], 16, *shape[2:], p, skip, torch.Generator()).double()
+    block = MixerBlock(shape[1], 16, *shape[2:], p, skip, gelu, generator=torch.Generator()).double()
     names = [name for name, _ in block.named_parameters()]
 
     def output(x, *parameters):
@@ -70,10 +75,10 @@ def formula(shape, seed, p, skip=True):
     return output
 
 
-def operator(seed, p, bfloat16, skip=True):
+def operator(seed, p, bfloat16, skip=True, gelu="exact"):
     """The same by the operator, float32."""
     seeds = Dropout(p, torch.Generator().manual_seed(seed)).seeds(1, 4)
-    return lambda x, *parameters: fused.fused(x, list(parameters), seeds, p, bfloat16, skip)
+    return lambda x, *parameters: fused.fused(x, list(parameters), seeds, p, bfloat16, skip, gelu)
 
 
 def output_and_gradients(function, tensors, grad, dtype=torch.float32):
@@ -96,18 +101,18 @@ def relative_error(value, wanted):
 
 
 @needs_library
-@pytest.mark.parametrize("bfloat16", PRECISIONS)
+@pytest.mark.parametrize(("bfloat16", "gelu"), KINDS)
 @pytest.mark.parametrize(("p", "skip"), [(0.0, True), (0.1, True), (0.5, True), (0.2, False)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_operator_agrees_with_the_formula_in_float64(shape, p, skip, bfloat16):
+def test_operator_agrees_with_the_formula_in_float64(shape, p, skip, bfloat16, gelu):
     names = ("output", "x", *(name for name, _ in MixerBlock(1, 16, 1, 1).named_parameters()))
     # The tolerance is for one MLP, so each has its turn alone, where the skip connection lets the other's input by.
     for silent in (None, "patches_out", "channels_out") if skip else (None,):
         tensors, grad = inputs(*shape)
         for name, tensor in zip(names[1:], tensors, strict=True):
             tensor *= not (silent and name.startswith(silent))
-        wanted = output_and_gradients(formula(shape, 5, p, skip), tensors, grad, torch.float64)
-        got = output_and_gradients(operator(5, p, bfloat16, skip), tensors, grad)
+        wanted = output_and_gradients(formula(shape, 5, p, skip, gelu), tensors, grad, torch.float64)
+        got = output_and_gradients(operator(5, p, bfloat16, skip, gelu), tensors, grad)
         errors = {}
         for name, a, b in zip(names, got, wanted, strict=True):
             if b.norm() == 0:
@@ -118,18 +123,35 @@ def test_operator_agrees_with_the_formula_in_float64(shape, p, skip, bfloat16):
 
 
 @needs_library
-@pytest.mark.parametrize("bfloat16", PRECISIONS)
-def test_gelu(bfloat16):
+@pytest.mark.parametrize(("bfloat16", "gelu"), KINDS)
+def test_gelu(bfloat16, gelu):
     z = torch.linspace(-12, 12, 2**17)
     z[0], z[1], z[2] = 0, -80, 80
     value, derivative = torch.empty_like(z), torch.empty_like(z)
-    fused._library().mixing_gelu(z.data_ptr(), value.data_ptr(), derivative.data_ptr(), len(z), bfloat16)
+    pointers = [t.data_ptr() for t in (z, value, derivative)]
+    fused._library().mixing_gelu(*pointers, len(z), gelu == "tanh", bfloat16)
     x = z.double().requires_grad_()
-    wanted = nn.functional.gelu(x)
+    wanted = F.gelu(x, approximate="none" if gelu == "exact" else gelu)
     wanted.sum().backward()
-    assert (value - wanted).abs().max() < (1e-4 if bfloat16 else 1e-6)
+    assert (value - wanted).abs().max() < (1e-4 if bfloat16 else 1e-6)  # the two GELUs are 5e-4 apart
     assert (derivative - x.grad).abs().max() < (2e-3 if bfloat16 else 2e-6)
     assert value[0] == 0
+
+
+@needs_library
+@pytest.mark.parametrize(("bfloat16", "gelu"), KINDS)
+def test_both_passes_take_the_gelu_that_is_asked_for(bfloat16, gelu):
+    shape = (6, 49, 64, 32)
+    tensors, grad = inputs(*shape)
+    for w1, b1, _, b2 in (tensors[3:7], tensors[9:]):  # most hidden units are where the two GELUs differ by 1.5 %
+        w1.mul_(0.1), b1.fill_(-2.2), b2.zero_()
+    got = output_and_gradients(operator(5, 0.1, bfloat16, False, gelu), tensors, grad)
+    own, other = (
+        output_and_gradients(formula(shape, 5, 0.1, False, g), tensors, grad, torch.float64)
+        for g in (gelu, "exact" if gelu == "tanh" else "tanh")
+    )
+    for value, wanted, unwanted in list(zip(got, own, other, strict=True))[:-1]:  # the last, b2's, knows no GELU
+        assert relative_error(value, wanted) < relative_error(value, unwanted)
 
 
 @needs_library
@@ -373,7 +395,7 @@ CHANGES = {
     "forward of Dropout": put(Dropout, "forward", lambda self, y: y / 2),
     "call of Linear": put(nn.Linear, "__call__", lambda self, x: 2 * self.forward(x)),
     "call of Module": put(nn.Module, "__call__", lambda self, *x: self.forward(*x) * 2),
-    "gelu": put(F, "gelu", F.relu),
+    "gelu": put(F, "gelu", lambda y, approximate: F.relu(y)),
     "linear": put(F, "linear", lambda x, w, b: x @ w.abs().T),
     "layer_norm": put(F, "layer_norm", lambda x, *_: x / 2),
     "an MLP shared": shared("channels_in", lambda first: first.channels_in),
@@ -388,6 +410,8 @@ CHANGES = {
     "another generator": set_in_one("dropout", ("generator", torch.default_generator)),
     "skip connections in one": set_in_one("", ("skip_connections", False)),
     "skip connections by halves": lambda model, _: [setattr(b, "skip_connections", 2) for b in model.blocks],
+    "tanh in all, in float32": lambda model, _: [setattr(b, "gelu", "tanh") for b in model.blocks],
+    "a word that is more than one": lambda model, _: [setattr(b, "gelu", np.str_("exact")) for b in model.blocks],
     "float64": lambda model, _: model.double(),
     "half": lambda model, _: model.half(),
     "bfloat16": lambda model, _: model.bfloat16(),
@@ -419,6 +443,19 @@ def test_a_changed_block_is_computed_as_it_is_written(change):
 
 
 CPU = torch.device("cpu")
+
+
+@needs_bfloat16
+def test_tanh_is_served_in_bfloat16_where_all_blocks_have_it():
+    blocks, x = small_model(gelu="tanh")[0].blocks, torch.randn(5, 49, 16)
+    parameters, seeds = list(blocks.parameters()), torch.zeros(2, 4, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [fused.path(blocks, CPU, p) for p in ("float32", "bfloat16")] == ["plain", "fused"]
+        wanted = fused.fused(x, parameters, seeds, 0.0, True, gelu="tanh")
+        assert torch.equal(fused.mixing(blocks, x), wanted)
+        blocks[1].gelu = "exact"
+        assert fused.path(blocks, CPU, "bfloat16") == "plain"
+        assert torch.equal(fused.mixing(blocks, x), plain(blocks, x))
 
 
 def turned(model, _):
@@ -573,7 +610,7 @@ def test_the_operator_by_itself_refuses_them(name, requires_grad):
         REFUSED[name](lambda x: fused.fused(x.reshape(-1, 4, 16), parameters, seeds, 0.0, False), x)
     if name in ("vmap", "jvp", "forward mode"):
         with pytest.raises(RuntimeError, match="MIXER_FUSED=0"):
-            REFUSED[name](lambda x: torch.ops.mixer.mixing(x, parameters, seeds, 0.0, False, True, True)[0], x)
+            REFUSED[name](lambda x: torch.ops.mixer.mixing(x, parameters, seeds, 0.0, False, True, "exact", True)[0], x)
 
 
 @needs_library
@@ -612,11 +649,11 @@ def test_what_is_recorded_for_elsewhere_is_plain():
 
 
 @needs_library
-@pytest.mark.parametrize("bfloat16", PRECISIONS)
-def test_opcheck(bfloat16):
+@pytest.mark.parametrize(("bfloat16", "gelu"), KINDS)
+def test_opcheck(bfloat16, gelu):
     x, *parameters = (t.requires_grad_() for t in inputs(3, 5, 20, 9)[0])
     seeds = torch.tensor([[1, 2, 3, 4]])
-    torch.library.opcheck(torch.ops.mixer.mixing, (x, parameters, seeds, 0.1, bfloat16, True, True))
+    torch.library.opcheck(torch.ops.mixer.mixing, (x, parameters, seeds, 0.1, bfloat16, True, gelu, True))
 
 
 @needs_library
@@ -641,7 +678,7 @@ def test_torch_compile_sees_the_operator():
 def test_autocast_chooses_the_precision(monkeypatch):
     model, images = small_model()
     chosen = []
-    monkeypatch.setattr(fused, "fused", lambda x, *rest: chosen.append(rest[-2]) or x)
+    monkeypatch.setattr(fused, "fused", lambda x, *rest: chosen.append(rest[3]) or x)
     monkeypatch.setattr(fused, "_library", lambda: SimpleNamespace(mixing_has_bfloat16=lambda: 1))
     model(images)
     with torch.autocast("cpu", torch.bfloat16):
@@ -744,6 +781,8 @@ WRONG = {
     "p below zero": of("p", lambda _: -0.1),
     "p that is no number": of("p", lambda _: math.nan),
     "p infinite": of("p", lambda _: math.inf),
+    "a gelu that there is not": of("gelu", lambda _: "relu"),
+    "tanh in float32": of("gelu", lambda _: "tanh"),
     "hidden units beyond 32 bits": huge_hidden,
     "patches beyond 32 bits": huge_patches,
     "images beyond 32 bits": huge_batch,
@@ -760,7 +799,8 @@ WRONG_BACKWARD = {
 def given_to_the_operator():
     (x, *parameters), grad = inputs(3, 5, 7, 9)
     seeds = torch.zeros(1, 4, dtype=torch.int64)
-    return {"grad": grad, "x": x, "stream": x[None], "parameters": parameters, "seeds": seeds, "p": 0.1}
+    others = {"parameters": parameters, "seeds": seeds, "p": 0.1, "gelu": "exact"}
+    return {"grad": grad, "x": x, "stream": x[None], **others}
 
 
 @needs_library
@@ -769,19 +809,19 @@ def test_what_does_not_fit_is_refused_before_a_pointer_is_taken(wrong, monkeypat
     given = given_to_the_operator()
     monkeypatch.setattr(fused._Chain, "__init__", None)
     (WRONG | WRONG_BACKWARD)[wrong](given)
-    grad, x, stream, parameters, seeds, p = given.values()
+    grad, x, stream, parameters, seeds, p, gelu = given.values()
     with pytest.raises(ValueError):
-        torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, p, False, True)
+        torch.ops.mixer.mixing_backward(grad, x, stream, parameters, seeds, p, False, True, gelu)
     if wrong in WRONG:
         with pytest.raises(ValueError):
-            fused.fused(x, parameters, seeds, p, False)
+            fused.fused(x, parameters, seeds, p, False, gelu=gelu)
 
 
 @needs_library
 def test_what_else_the_operator_refuses(monkeypatch):
-    _, x, _, parameters, seeds, p = given_to_the_operator().values()
+    _, x, _, parameters, seeds, p, _ = given_to_the_operator().values()
     with pytest.raises(ValueError, match="keep"):
-        torch.ops.mixer.mixing(x.requires_grad_(), parameters, seeds, p, False, True, False)
+        torch.ops.mixer.mixing(x.requires_grad_(), parameters, seeds, p, False, True, "exact", False)
     with pytest.raises(ValueError, match=r"W1 \(hidden, 5\).*\(7, 4\)"):
         fused.fused(x, [*parameters[:2], parameters[2][:, :4], *parameters[3:]], seeds, p, False)
     monkeypatch.setattr(fused, "_library", lambda: SimpleNamespace(mixing_has_bfloat16=lambda: 0))

@@ -50,9 +50,10 @@ def test_logits_equal_timm():
     torch.testing.assert_close(ours(images), theirs.double().eval()(images), rtol=1e-10, atol=1e-10)
 
 
-def test_logits_equal_the_papers_formulas():
+@pytest.mark.parametrize("word", ["exact", "tanh"])
+def test_logits_equal_the_papers_formulas(word):
     """Section 2 of the paper, image by image and patch by patch, in NumPy float64."""
-    model = random_model(num_blocks=3)
+    model = random_model(num_blocks=3, gelu=word)
     weights = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
     images = np.random.default_rng(0).normal(size=(2, 28, 28))
 
@@ -64,6 +65,8 @@ def test_logits_equal_the_papers_formulas():
         return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"][:, None]
 
     def gelu(x):
+        if word == "tanh":
+            return x * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
         return x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
 
     def mixer(image):
@@ -88,6 +91,25 @@ def test_starts_from_equal_logits_and_lecun_normal_weights():
     weight = model.blocks[0].channels_out.weight.detach()  # 16 × 512
     assert float(weight.std()) == pytest.approx(512**-0.5, rel=0.03)
     assert weight.abs().max() <= 2.28 * 512**-0.5
+
+
+def test_pytorchs_initialisation_is_what_its_layers_draw_by_themselves():
+    sizes = {"num_blocks": 2, "patch_size": (4, 7)}
+    ours = MlpMixer(**sizes, initialisation="pytorch", generator=torch.Generator().manual_seed(3))
+    theirs = MlpMixer(**sizes)
+    torch.manual_seed(3)
+    for layer in theirs.modules():  # the stem, the blocks' layers, the head
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            layer.reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrong", [{"gelu": "none"}, {"initialisation": "lecun"}, {"gelu": None}])
+def test_words_that_there_are_not_are_refused(wrong):
+    ((name, word),) = wrong.items()
+    for make in (lambda: MlpMixer(**wrong), lambda: MixerBlock(5, 8, 6, 7, **wrong)):
+        with pytest.raises(ValueError, match=f"^{name} is {word!r}, but it has to be"):
+            make()
 
 
 def test_dropout_only_in_training_and_repeated_by_the_seed():
