@@ -48,7 +48,8 @@ class Config:
     channels_mlp_dim: int = 512
     skip_connections: bool = True
     gelu: str = "exact"  # or "tanh", its approximation, as in the paper's code
-    initialisation: str = "flax"  # as in the paper's code, or "pytorch", as its layers draw their weights
+    initialisation: str = "flax"  # as in the paper's code; "pytorch", as its layers do; "identity": blocks do nothing
+    whiten: bool = False  # the stem starts by making the pixels of a patch uncorrelated
     inputs: str = "normalised"  # or "scaled": pixels divided by 255, no more
     optimiser: str = "adam"  # one of OPTIMISERS
     weight_decay: float = 0.0
@@ -70,7 +71,7 @@ class Config:
         if self.limit is not None:
             self._keep("limit", _whole, lambda n: n > 0, "None or a whole number above 0")
         self._keep("patch_size", _pair, lambda pair: min(pair) > 0, "one or two whole numbers above 0")
-        for name in ("skip_connections", "flip", "validation"):
+        for name in ("skip_connections", "whiten", "flip", "validation"):
             self._keep(name, _flag, lambda _: True, "True or False")
         for name, words in _WORDS.items():
             self._keep(name, str, words.__contains__, f"one of {', '.join(words)}")
@@ -108,6 +109,7 @@ class Config:
             "skip_connections": "noskip",
             "gelu": f"{self.gelu}gelu",
             "initialisation": f"{self.initialisation}init",
+            "whiten": "whiten",
             "inputs": self.inputs,
             "optimiser": self.optimiser,
             "weight_decay": f"decay{_digits(self.weight_decay)}",
@@ -125,7 +127,7 @@ class Config:
 
 _WORDS = {
     "gelu": ("exact", "tanh"),
-    "initialisation": ("flax", "pytorch"),
+    "initialisation": ("flax", "pytorch", "identity"),
     "inputs": ("normalised", "scaled"),
     "optimiser": tuple(OPTIMISERS),
     "schedule": tuple(SCHEDULES),

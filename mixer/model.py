@@ -30,7 +30,7 @@ def _uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.M
 def _initialise(layer: nn.Linear | nn.Conv2d, initialisation: str, generator: torch.Generator | None) -> None:
     """As Flax does it, because the paper's code leaves it to Flax (LeCun normal), or as PyTorch does by default."""
     fan_in = layer.weight.shape[1:].numel()
-    if initialisation == "flax":
+    if initialisation in ("flax", "identity"):
         # A normal cut at two standard deviations has a deviation of 0.8796; dividing by it restores 1/sqrt(fan_in).
         std = fan_in**-0.5 / 0.87962566103423978
         nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
@@ -40,7 +40,7 @@ def _initialise(layer: nn.Linear | nn.Conv2d, initialisation: str, generator: to
         nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
     else:
-        raise ValueError(f"initialisation is {initialisation!r}, but it has to be flax or pytorch")
+        raise ValueError(f"initialisation is {initialisation!r}, but it has to be flax, identity or pytorch")
 
 
 def _linear(fan_in: int, fan_out: int, initialisation: str, generator: torch.Generator | None) -> nn.Linear:
@@ -65,9 +65,29 @@ class Stem(nn.Conv2d):
     """
 
     def forward(self, images: Tensor) -> Tensor:
+        return F.linear(self._patches(images), self.weight.flatten(1), self.bias)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """(B, S, pixels of a patch)"""
         (height, width), (down, right) = self.kernel_size, self.stride
         patches = images.unfold(2, height, down).unfold(3, width, right)  # (B, 1, rows, columns, height, width)
-        return F.linear(patches.flatten(4).flatten(1, 3), self.weight.flatten(1), self.bias)
+        return patches.flatten(4).flatten(1, 3)
+
+    @torch.no_grad()
+    def whiten(self, images: Tensor) -> None:
+        """Start as what makes the channels of these images' patches uncorrelated, of mean 0 and variance 1 (PCA).
+
+        Directions of little variance are lifted less, since they are mostly noise. Raises ValueError where a patch has
+        fewer pixels than there are channels.
+        """
+        patches = self._patches(images).flatten(0, 1).cpu().double()
+        variances, directions = torch.linalg.eigh(patches.T.cov())  # in rising order
+        channels, pixels = len(self.weight), len(variances)
+        if channels > pixels:
+            raise ValueError(f"a patch of {pixels} pixels cannot be whitened into {channels} channels")
+        weight = (directions / (variances + 0.01 * variances.mean()).sqrt()).T.flip(0)[:channels]
+        self.weight.copy_(weight.view_as(self.weight))
+        self.bias.copy_(-weight @ patches.mean(dim=0))
 
 
 @operator_computes
@@ -80,7 +100,8 @@ class MixerBlock(nn.Module):
     σ is GELU, "exact" or the approximation by "tanh" that the paper's code gets from Flax: at most 5e-4 away.
     Dropout, which that code does not have, follows σ and each MLP's output, as in timm's ``Mlp``.
     ``skip_connections=False`` leaves out ``X +`` and ``U +``. ``forward``: (B, S, C) -> (B, S, C).
-    ``initialisation`` of the linear layers is that of "flax", which the paper's code takes, or of "pytorch".
+    ``initialisation`` of the linear layers is that of "flax", which the paper's code takes, or of "pytorch", or
+    "identity": Flax's but for W2 and W4, which are zero, so that a block first passes on what it gets.
     ``generator`` draws the weights and dropout's seeds; PyTorch's default one when it is None.
 
     Raises ValueError for an impossible dropout and for other words.
@@ -111,6 +132,9 @@ class MixerBlock(nn.Module):
         self.channels_in = _linear(num_channels, channels_mlp_dim, *how)  # W3
         self.channels_out = _linear(channels_mlp_dim, num_channels, *how)  # W4
         self.dropout = Dropout(dropout_p, generator)
+        if initialisation == "identity":
+            nn.init.zeros_(self.patches_out.weight)
+            nn.init.zeros_(self.channels_out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         approximate = _APPROXIMATION[self.gelu]

@@ -23,6 +23,7 @@ from mixer.data import Data, augment, normalise, validation_split
 from mixer.model import MlpMixer, count_patches
 from mixer.optimisers import OPTIMISERS, SCHEDULES
 
+WHITEN_BY = 5000  # images
 EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden layer near 100 MB
 
 
@@ -59,6 +60,8 @@ class Training:
             initialisation=config.initialisation,
             generator=self.generator,
         ).to(device)
+        if config.whiten:
+            self.model.stem.whiten(normalise(data.train_images[:WHITEN_BY], data.pixel_mean, data.pixel_std))
         fused = {"fused": device.type != "mps"}
         self.optimisers = OPTIMISERS[config.optimiser](self.model, config.lr, config.weight_decay, **fused)
         self.average, self.tested = None, self.model

@@ -80,6 +80,26 @@ def test_augmented_images_are_the_images_moved_and_mirrored(few):
     assert torch.equal(augment(images, generator), images)
 
 
+def test_blocks_start_as_the_identity_and_train_all_the_same(few):
+    run = training(few, initialisation="identity", lr=0.01, num_epochs=2)
+    x = torch.randn(3, 49, 16)
+    for block in run.model.blocks:
+        assert torch.equal(block(x), x) and block.patches_in.weight.std() > 0.1 and block.channels_in.weight.std() > 0.1
+    before = [weight.detach().clone() for weight in run.model.parameters()]
+    run.train_epoch()
+    assert all(not torch.equal(old, new) for old, new in zip(before, run.model.parameters(), strict=True))
+
+
+def test_a_whitened_stem_gives_uncorrelated_channels(data):
+    inputs = normalise(data.train_images[:5000])
+    channels = training(first_images(data, 5000, 100), whiten=True).model.stem(inputs).detach().flatten(0, 1).double()
+    covariance, variances = channels.T.cov(), channels.var(dim=0)
+    assert (covariance - variances.diag()).abs().max() < 1e-3 and channels.mean(dim=0).abs().max() < 1e-4
+    assert variances[0] > 0.99 and variances.min() > 0.5 and torch.equal(variances.sort(descending=True)[0], variances)
+    with pytest.raises(ValueError, match="a patch of 4 pixels cannot be whitened into 16 channels"):
+        training(first_images(data, 50, 50), whiten=True, patch_size=2)
+
+
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 def test_a_square_is_cut_out_around_any_pixel(side):
     images = torch.full((12_000, 28, 28), 9, dtype=torch.uint8)
