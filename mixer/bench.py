@@ -56,7 +56,7 @@ class PlainBlock(MixerBlock):
 class Trainer:
     """One variant of model and step. ``step(images, labels)`` trains once, on as many threads as PyTorch has."""
 
-    def __init__(self, variant: str, dropout_p: float, device: torch.device, **sizes: Any):
+    def __init__(self, variant: str, dropout_p: float, device: torch.device, lr: float = LRS[-1], **sizes: Any):
         torch.manual_seed(0)
         self.variant, self.device = variant, device
         self.model = (_timm if variant == "timm" else MlpMixer)(dropout_p=dropout_p, **sizes).to(device)
@@ -73,7 +73,7 @@ class Trainer:
             variant == "fast" and find_precision(device) == "bfloat16"
         )
         own = variant == "fast"  # the others as their users would write them
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=LRS[-1], **({"fused": True} if own else {}))
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=lr, **({"fused": True} if own else {}))
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         if self.variant == "fast":
@@ -322,6 +322,12 @@ def _run_hours(config: Config, milliseconds: float) -> float:
     return config.num_epochs * math.ceil(TRAIN_IMAGES / config.batch_size) * milliseconds / 3.6e6
 
 
+def file_name(environment: dict[str, Any]) -> str:
+    """Of what is measured on this machine."""
+    machine = f"{environment['device']} {environment['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "_", machine.lower()) + ".json"
+
+
 def _line(row: dict[str, Any]) -> str:
     sizes = [f"{row[k]} {k}" for k in ("num_blocks", "patches_mlp_dim", "channels_mlp_dim") if k in row]
     ratio = f"{row['times_as_fast']:5.2f}×" if row["times_as_fast"] else ""
@@ -352,14 +358,13 @@ def main(arguments: list[str] | None = None) -> None:
         result = measure(device, options.quick, options.variants)
         if options.quick:
             return
-        machine = f"{result['environment']['device']} {result['environment']['threads']} threads"
-        name = re.sub(r"[^a-z0-9]+", "_", machine.lower()) + ".json"
-        write_whole(FOLDER / name, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+        path = FOLDER / file_name(result["environment"])
+        write_whole(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("Stopped; nothing is written.")
-    print(f"{FOLDER / name} is written.")
+    print(f"{path} is written.")
 
 
 if __name__ == "__main__":
