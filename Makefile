@@ -1,6 +1,7 @@
 # make            the report: set-up, data, executed notebooks, figures, report/report.pdf
 # make test       unit tests, and the notebooks compared with what they show when run again
 # make grid       train what is missing of the coursework's grid
+# make questions  train what is missing of the runs of notebooks/questions.ipynb, and measure their gradients
 # make data       Fashion-MNIST into data/
 # make bench      what the fast path is worth on this machine
 # make notebook   run the notebooks and keep what they show (after a change)
@@ -9,11 +10,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 CODE := $(wildcard mixer/*.py mixer/*.cpp)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-RESULTS := $(wildcard results/*.safetensors results/*.json results/*/*.json results/*/*/*.json)
+RESULTS := $(wildcard results/*.safetensors results/*.json results/*/*.json results/*/*/*.json results/*/*.csv)
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
 .NOTPARALLEL:  # every notebook has a table in README.md
-.PHONY: report test grid data bench notebook clean
+.PHONY: report test grid questions data bench notebook clean
 .DELETE_ON_ERROR:
 
 report: build/report
@@ -41,6 +42,22 @@ data: .venv/installed
 
 grid: .venv/installed
 	$(BIN)/python -m mixer.grid
+
+SHORT := $(BIN)/python -m mixer.grid --results results/questions --batch-size 256 --seeds 0 1
+PATCHES := $(SHORT) --num-epochs 10 --lr 0.01 --dropout 0.1 --patch-size
+LEFT_OUT := $(SHORT) --num-epochs 8 --dropout 0.1
+questions: .venv/installed
+	$(SHORT) --num-epochs 10 --dropout 0 --num-blocks 1 2 4 8 16 --skip-connections yes no
+	$(PATCHES) 2x2 7x7 14x14
+	$(PATCHES) 2x2 --patches-mlp-dim 256 --channels-mlp-dim 512 128
+	$(PATCHES) 7x7 --patches-mlp-dim 3136 --channels-mlp-dim 512 1568
+	$(PATCHES) 14x14 --patches-mlp-dim 12544 --channels-mlp-dim 512 6272
+	$(LEFT_OUT) --optimiser sgd momentum rmsprop
+	$(LEFT_OUT) --optimiser adamw --weight-decay 0.01
+	$(LEFT_OUT) --gelu tanh
+	$(LEFT_OUT) --initialisation pytorch
+	$(LEFT_OUT) --inputs scaled
+	$(BIN)/python -m mixer.gradients
 
 bench: .venv/installed-dev
 	$(BIN)/python -m mixer.bench
