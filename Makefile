@@ -4,6 +4,7 @@
 # make questions  train what is missing of the runs of notebooks/questions.ipynb, and measure their gradients
 # make data       Fashion-MNIST into data/
 # make bench      what the fast path is worth on this machine
+# make speedrun   how long this machine takes to the coursework's accuracy
 # make notebook   run the notebooks and keep what they show (after a change)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ RESULTS := $(wildcard results/*.safetensors results/*.json results/*/*.json resu
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
 .NOTPARALLEL:  # every notebook has a table in README.md
-.PHONY: report test grid questions data bench notebook clean
+.PHONY: report test grid questions data bench speedrun notebook clean
 .DELETE_ON_ERROR:
 
 report: build/report
@@ -61,6 +62,9 @@ questions: .venv/installed
 
 bench: .venv/installed-dev
 	$(BIN)/python -m mixer.bench
+
+speedrun: .venv/installed-dev
+	$(BIN)/python -m mixer.speedrun
 
 # The notebooks are run into build/: what is committed stays as it is. They write figures/, report/generated/ and the
 # tables of README.md.

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 
 import pytest
@@ -10,7 +10,6 @@ import torch
 
 from mixer import speedrun
 from mixer.config import RECIPES, Config
-from mixer.grid import read_records
 from mixer.runs import Interrupted, train
 
 SMALL = {"num_epochs": 2, "batch_size": 64, "num_blocks": 1, "patches_mlp_dim": 64, "channels_mlp_dim": 32}
@@ -22,7 +21,13 @@ def folder(few, tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "speedrun", RECIPES["speedrun"] | SMALL)
     monkeypatch.setattr(speedrun, "FOLDER", tmp_path)
     monkeypatch.setattr(speedrun, "load", few.to)
+    monkeypatch.setattr(speedrun, "read_records", lambda: [record(speedrun.COURSEWORK, 0.8, 0.9)])
     return tmp_path
+
+
+def record(config: Config, *accuracies: float) -> dict:
+    history = [{"epoch": i, "test_accuracy": accuracy} for i, accuracy in enumerate(accuracies, start=1)]
+    return {"config": asdict(config), "history": history}
 
 
 @pytest.fixture(autouse=True)
@@ -42,9 +47,9 @@ def test_the_rows_are_those_of_whole_runs_and_are_written_and_shown(folder, monk
     def timed(config, **options):
         start = time.perf_counter()
         time.sleep(0.1)  # as if it took long until the first epoch
-        record = train(config, **options)
-        calls.append((config, record, time.perf_counter() - start))
-        return record
+        finished = train(config, **options)
+        calls.append((config, finished, time.perf_counter() - start))
+        return finished
 
     monkeypatch.setattr(speedrun, "train", timed)
     start = time.perf_counter()
@@ -57,7 +62,7 @@ def test_the_rows_are_those_of_whole_runs_and_are_written_and_shown(folder, monk
 
     [path] = folder.iterdir()
     result = json.loads(path.read_text())
-    first, accuracies = ([record["history"][i]["test_accuracy"] for _, record, _ in runs] for i in (0, 1))
+    first, accuracies = ([run["history"][i]["test_accuracy"] for _, run, _ in runs] for i in (0, 1))
     assert first[0] != accuracies[0] != accuracies[1]
     assert [list(row.values())[:3] for row in result["runs"]] == [[0, 2, accuracies[0]], [1, 2, accuracies[1]]]
     assert all(row["seconds"] > taken - 0.01 for row, (_, _, taken) in zip(result["runs"], runs, strict=True))
@@ -69,17 +74,22 @@ def test_the_rows_are_those_of_whole_runs_and_are_written_and_shown(folder, monk
 
     printed = capsys.readouterr().out
     assert f"seed 1: 2 epochs, test accuracy {accuracies[1]:.2%}" in printed
-    assert "0 of 2 runs reach 89.17%" in printed and "extrapolated to the 32 epochs" in printed
+    assert "0 of 2 runs reach 89.17%" in printed and "extrapolated to the 2 epochs" in printed
     assert f"{path} is written." in printed
 
 
-def test_the_epochs_are_those_of_our_own_records_of_the_courseworks_best_set():
-    records = read_records()
-    rows = {row["seed"]: row for row in speedrun.extrapolate(records, 10.0)}
-    assert rows[0] == {"seed": 0, "epochs": 32, "seconds": 320} and rows[1]["epochs"] == 29
-    [record] = (r for r in records if Config(**r["config"]) == speedrun.COURSEWORK)
-    never = record | {"history": record["history"][:31]}
-    assert speedrun.extrapolate([never], 10.0) == [{"seed": 0, "epochs": None, "seconds": None}]
+def test_the_epochs_are_those_until_our_own_records_of_the_courseworks_best_set_first_get_there():
+    best = speedrun.COURSEWORK
+    records = [
+        record(best, 0.88, 0.8916, 0.8917, 0.85, 0.9),
+        record(replace(best, seed=7), 0.88, 0.8916),
+        record(replace(best, dropout_p=0.0), 0.9),
+        record(replace(best, num_epochs=3), 0.9),
+    ]
+    assert speedrun.extrapolate(records, 10.0) == [
+        {"seed": 0, "epochs": 3, "seconds": 30},
+        {"seed": 7, "epochs": None, "seconds": None},
+    ]
 
 
 def test_the_report_counts_who_gets_there_and_says_who_never_does():
