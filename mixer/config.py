@@ -58,7 +58,7 @@ class Config:
     channels_mlp_dim: int = 512
     skip_connections: bool = True
     gelu: str = "exact"  # or "tanh", its approximation, as in the paper's code
-    initialisation: str = "flax"  # as in the paper's code; "pytorch", as its layers do; "identity": blocks do nothing
+    initialisation: str = "flax"  # as the paper's code; "pytorch", as its layers do; "identity": so blocks begin
     whiten: bool = False  # the stem starts by making the pixels of a patch uncorrelated
     inputs: str = "normalised"  # or "scaled": pixels divided by 255, no more
     optimiser: str = "adam"  # one of OPTIMISERS
