@@ -119,15 +119,8 @@ _PACKAGE = Path(__file__).parent
 _CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
 # What a run's bits depend on.
 _DECISIVE = (
-    "model.py",
-    "dropout.py",
-    "fused.py",
-    "fused.cpp",
-    "build.py",
-    "optimisers.py",
-    "train.py",
-    "data.py",
-    "teacher.py",
+    *("model.py", "dropout.py", "fused.py", "fused.cpp", "build.py", "peers.py"),
+    *("optimisers.py", "train.py", "teacher.py", "data.py"),
 )
 
 

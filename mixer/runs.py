@@ -25,9 +25,8 @@ from mixer import data as fashion_mnist
 from mixer import fused
 from mixer.config import Config
 from mixer.data import Data
-from mixer.model import MlpMixer
 from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, seal, unseal, write_whole
-from mixer.train import Diverged, Training, find_device, find_precision, part_of
+from mixer.train import Diverged, Network, Training, find_device, find_precision, part_of
 
 CHECKPOINT_FORMAT = 2
 
@@ -42,11 +41,11 @@ def train(
     data: Data | None = None,
     checkpoint: Path | str | None = None,
     weights: Path | str | None = None,
-    on_epoch: Callable[[dict[str, float], MlpMixer], None] | None = None,
+    on_epoch: Callable[[dict[str, float], Network], None] | None = None,
     progress: bool = True,
     position: int | None = None,
     return_model: bool = False,
-) -> Record | tuple[Record, MlpMixer]:
+) -> Record | tuple[Record, Network]:
     """Train one run and return its record; with ``return_model``, the record and the model as it ended.
 
     device: CUDA when not given, else Apple's MPS, else the CPU.
@@ -163,16 +162,8 @@ class _Run:
     def _key(self) -> str:
         """What has to be equal for a checkpoint to go on as if never interrupted: all that decides a single bit."""
         environment = self.environment
-        decisive = [
-            "torch",
-            "precision",
-            "path",
-            "code_sha256",
-            "data_sha256",
-            "pixel_mean",
-            "pixel_std",
-            "teacher_sha256",
-        ]
+        decisive = ["torch", "precision", "path", "code_sha256"]
+        decisive += ["data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
         if environment["path"] == "plain":
             decisive += ["device", "threads"]
         key = {name: environment.get(name) for name in decisive}
@@ -236,6 +227,7 @@ def _safetensors(run: _Run, weights: dict[str, Tensor], epoch: float) -> bytes:
         "epoch": int(epoch),
         "config": dataclasses.asdict(config),
         "image": list(data.train_images.shape[1:]),
+        "data_sha256": data.sha256,
         "pixel_mean": data.pixel_mean,
         "pixel_std": data.pixel_std,
     }

@@ -22,7 +22,8 @@ from mixer.config import Config
 from mixer.data import Data, cut_out, draw_views, normalise, validation_split, view
 from mixer.model import MlpMixer, count_patches
 from mixer.optimisers import OPTIMISERS, SCHEDULES
-from mixer.teacher import ConvNet, Teacher
+from mixer.peers import ConvNet, PlainMlp
+from mixer.teacher import Teacher
 
 WHITEN_BY = 5000  # images
 EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden layer near 100 MB
@@ -47,7 +48,7 @@ class Training:
         self.epoch = 0
         self.generator = torch.Generator()
         self._start_generator()
-        self.model = _model(config, data, self.generator).to(device)
+        self.model = _network(config, data, self.generator).to(device)
         self.teacher = None
         if config.teacher:
             self.teacher = Teacher(config.teacher, data, config.flip, config.shift, device, precision)
@@ -165,9 +166,14 @@ class Training:
         return float(torch.rand((), generator=self.generator))
 
 
-def _model(config: Config, data: Data, generator: torch.Generator) -> MlpMixer | ConvNet:
+Network = MlpMixer | PlainMlp | ConvNet
+
+
+def _network(config: Config, data: Data, generator: torch.Generator) -> Network:
     if config.network == "conv":
-        return ConvNet(data.num_classes, generator)
+        return ConvNet(data.num_classes, config.dropout_p, generator)
+    if config.network == "mlp":
+        return PlainMlp(data.train_images[0].numel(), data.num_classes, config.dropout_p, generator)
     model = MlpMixer(
         num_classes=data.num_classes,
         num_blocks=config.num_blocks,
@@ -197,7 +203,7 @@ class Diverged(ArithmeticError):
 
 
 def predict(
-    model: MlpMixer | ConvNet,
+    model: Network,
     images: Tensor,
     precision: str = "float32",
     mean: float | None = None,

@@ -88,6 +88,21 @@ def test_names_are_readable_and_those_of_the_records_that_there_are():
     assert Config(patch_size=(7, 4), skip_connections=False).name.endswith("_patch7x4_noskip")
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"temperature": 2}, "temperature goes with a teacher"),
+        ({"teacher": "conv", "mixup": 0.5}, "teacher goes with flips and shifts only"),
+        ({"teacher": "conv", "label_smoothing": 0.1}, "teacher goes with flips and shifts only"),
+        ({"network": "conv", "num_blocks": 4}, "num_blocks is of a mixer"),
+        ({"network": "mlp", "whiten": True}, "whiten is of a mixer"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_named(fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        Config(**fields)
+
+
 def test_a_name_is_one_per_config():
     choose = random.Random(0)
     values = {
@@ -112,8 +127,8 @@ def test_a_name_is_one_per_config():
         "schedule": list(SCHEDULES),
         "flip": [True, False],
         "shift": [0, 1, 2],
-        "erase": [0],
-        "mixup": [0],
+        "erase": [0, 4],
+        "mixup": [0, 0.5, 1],
         "label_smoothing": [0, 0.1],
         "network": ["mixer"],
         "teacher": ["", "conv", "conv-1"],
@@ -122,9 +137,13 @@ def test_a_name_is_one_per_config():
         "validation": [True, False],
     }
     assert values.keys() == {field.name for field in dataclasses.fields(Config)}
-    configs = {Config(**{name: choose.choice(some) for name, some in values.items()}) for _ in range(20_000)}
-    for name, some in values.items():  # and all that differ in one field alone
-        configs |= {Config(**{name: value}) for value in some}
+    configs = {Config(network="mlp"), Config(network="conv")}
+    for _ in range(20_000):
+        drawn = {name: choose.choice(some) for name, some in values.items()}
+        drawn |= {"erase": 0, "mixup": 0, "label_smoothing": 0} if drawn["teacher"] else {"temperature": 1}
+        configs.add(Config(**drawn))
+    for name, some in values.items():  # and all that differ in one field alone, but for a teacher's
+        configs |= {Config(**{name: value}) for value in some if name != "temperature"}
     assert len({config.name for config in configs}) == len(configs) > 10_000
     assert all(set(config.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._+-") for config in configs)
 
