@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import operator
+import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,6 +70,9 @@ class Config:
     erase: int = 0  # cut a square of so many pixels a side out of each
     mixup: float = 0.0  # so often, a batch's images and labels are mixed with one another's
     label_smoothing: float = 0.0
+    network: str = "mixer"  # or one of its peers, "mlp" or "conv", which have one size
+    teacher: str = ""  # the name of one: the only target is what it makes of the same view of the image
+    temperature: float = 1.0  # of both, when a teacher is followed
     average: float = 0.0  # what is tested is the weights' moving average, which keeps so much of itself a step
     validation: bool = False  # a twelfth of the training images is held out, and stands for the test images
 
@@ -86,6 +90,15 @@ class Config:
         for name, words in _WORDS.items():
             self._keep(name, str, words.__contains__, f"one of {', '.join(words)}")
         self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
+        self._keep("temperature", _real, lambda t: 0 < t < math.inf, "a positive number")
+        self._keep("teacher", str, lambda name: re.fullmatch("[a-z0-9-]*", name), "a name of small letters and digits")
+        if self.temperature != 1 and not self.teacher:
+            raise ValueError("temperature goes with a teacher: name one, or leave it out")
+        if self.teacher and (self.mixup or self.erase or self.label_smoothing):
+            raise ValueError("teacher goes with flips and shifts only, not with mixup, erase or label_smoothing")
+        for name in _OF_A_MIXER if self.network != "mixer" else ():
+            if getattr(self, name) != _DEFAULTS[name]:
+                raise ValueError(f"{name} is of a mixer, and network is {self.network!r}: leave it out")
         for name in ("shift", "erase"):
             self._keep(name, _whole, lambda pixels: pixels >= 0, "0 or a whole number of pixels")
         self._keep("mixup", _real, lambda p: 0 <= p <= 1, "a number from 0.0 to 1.0")
@@ -129,6 +142,9 @@ class Config:
             "erase": f"erase{self.erase}",
             "mixup": f"mixup{_digits(self.mixup)}",
             "label_smoothing": f"smooth{_digits(self.label_smoothing)}",
+            "network": self.network,
+            "teacher": f"by-{self.teacher}",
+            "temperature": f"temperature{_digits(self.temperature)}",
             "average": f"average{_digits(self.average)}",
             "validation": "validation",
         }
@@ -139,9 +155,14 @@ _WORDS = {
     "gelu": ("exact", "tanh"),
     "initialisation": ("flax", "pytorch", "identity"),
     "inputs": ("normalised", "scaled"),
+    "network": ("mixer", "mlp", "conv"),
     "optimiser": tuple(OPTIMISERS),
     "schedule": tuple(SCHEDULES),
 }
+_OF_A_MIXER = (
+    *("num_blocks", "patch_size", "num_channels", "patches_mlp_dim", "channels_mlp_dim"),
+    *("skip_connections", "gelu", "initialisation", "whiten"),
+)
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 
 

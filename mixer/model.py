@@ -22,12 +22,12 @@ from mixer.fused import mixing, operator_computes
 _APPROXIMATION = {"exact": "none", "tanh": "tanh"}  # of GELU, as F.gelu calls it
 
 
-def _uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.Module:
+def uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.Module:
     """A layer that has not drawn PyTorch's initial weights, which would come from the generator of everybody."""
     return nn.utils.skip_init(layer, *sizes, device=torch.get_default_device(), **settings)
 
 
-def _initialise(layer: nn.Linear | nn.Conv2d, initialisation: str, generator: torch.Generator | None) -> None:
+def initialise(layer: nn.Linear | nn.Conv2d, initialisation: str, generator: torch.Generator | None) -> None:
     """As Flax does it, because the paper's code leaves it to Flax (LeCun normal), or as PyTorch does by default."""
     fan_in = layer.weight.shape[1:].numel()
     if initialisation in ("flax", "identity"):
@@ -44,8 +44,8 @@ def _initialise(layer: nn.Linear | nn.Conv2d, initialisation: str, generator: to
 
 
 def _linear(fan_in: int, fan_out: int, initialisation: str, generator: torch.Generator | None) -> nn.Linear:
-    layer = _uninitialised(nn.Linear, fan_in, fan_out)
-    _initialise(layer, initialisation, generator)
+    layer = uninitialised(nn.Linear, fan_in, fan_out)
+    initialise(layer, initialisation, generator)
     return layer
 
 
@@ -188,15 +188,15 @@ class MlpMixer(nn.Module):
         self.skip_connections = skip_connections
         self.gelu = gelu
 
-        self.stem = _uninitialised(Stem, 1, num_channels, self.patch_size, stride=self.patch_size)
-        _initialise(self.stem, initialisation, generator)
+        self.stem = uninitialised(Stem, 1, num_channels, self.patch_size, stride=self.patch_size)
+        initialise(self.stem, initialisation, generator)
         sizes = (self.num_patches, num_channels, patches_mlp_dim, channels_mlp_dim)
         settings = (dropout_p, skip_connections, gelu, initialisation, generator)
         self.blocks = nn.ModuleList(MixerBlock(*sizes, *settings) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(num_channels, eps=1e-6)
-        self.head = _uninitialised(nn.Linear, num_channels, num_classes)
+        self.head = uninitialised(nn.Linear, num_channels, num_classes)
         if initialisation == "pytorch":
-            _initialise(self.head, initialisation, generator)
+            initialise(self.head, initialisation, generator)
         else:
             nn.init.zeros_(self.head.weight)  # as in the paper's code: training starts from equal logits
             nn.init.zeros_(self.head.bias)

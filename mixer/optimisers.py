@@ -17,13 +17,14 @@ def _optimiser(kind: type[torch.optim.Optimizer], **settings: Any) -> Callable[.
 
 
 def _muon(model: nn.Module, lr: float, weight_decay: float, **fused: bool) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW with 0.15 of its learning rate for the rest."""
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW with 0.15 of its learning rate for the rest.
+
+    The blocks of a convolutional network have no matrices: all of it is the rest.
+    """
     matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-    return [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay),
-        torch.optim.AdamW(rest, lr=0.15 * lr, weight_decay=weight_decay, **fused),
-    ]
+    muon = [torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
+    return [*muon, torch.optim.AdamW(rest, lr=0.15 * lr, weight_decay=weight_decay, **fused)]
 
 
 OPTIMISERS = {

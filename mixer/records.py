@@ -118,7 +118,10 @@ def write_record(record: Record, path: Path) -> None:
 _PACKAGE = Path(__file__).parent
 _CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
 # What a run's bits depend on.
-_DECISIVE = ("model.py", "dropout.py", "fused.py", "fused.cpp", "build.py", "optimisers.py", "train.py", "data.py")
+_DECISIVE = (
+    *("model.py", "dropout.py", "fused.py", "fused.cpp", "build.py", "peers.py"),
+    *("optimisers.py", "train.py", "teacher.py", "data.py"),
+)
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
@@ -190,6 +193,19 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror or error}): {advice}.") from error
     finally:
         _discard(incoming)
+
+
+def seal(content: bytes | memoryview) -> bytes:
+    """The content with its SHA-256 behind it."""
+    return b"".join((content, hashlib.sha256(content).digest()))
+
+
+def unseal(content: bytes) -> bytes:
+    """What was sealed. Raises ValueError where it is not as it was."""
+    content, digest = content[:-32], content[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("it is damaged or something else")
+    return content
 
 
 def check_writable(path: Path) -> None:

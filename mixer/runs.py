@@ -6,7 +6,6 @@ the one of a run that was not.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -26,9 +25,8 @@ from mixer import data as fashion_mnist
 from mixer import fused
 from mixer.config import Config
 from mixer.data import Data
-from mixer.model import MlpMixer
-from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, write_whole
-from mixer.train import Diverged, Training, find_device, find_precision, part_of
+from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, seal, unseal, write_whole
+from mixer.train import Diverged, Network, Training, find_device, find_precision, part_of
 
 CHECKPOINT_FORMAT = 2
 
@@ -43,18 +41,19 @@ def train(
     data: Data | None = None,
     checkpoint: Path | str | None = None,
     weights: Path | str | None = None,
-    on_epoch: Callable[[dict[str, float], MlpMixer], None] | None = None,
+    on_epoch: Callable[[dict[str, float], Network], None] | None = None,
     progress: bool = True,
     position: int | None = None,
     return_model: bool = False,
-) -> Record | tuple[Record, MlpMixer]:
+) -> Record | tuple[Record, Network]:
     """Train one run and return its record; with ``return_model``, the record and the model as it ended.
 
     device: CUDA when not given, else Apple's MPS, else the CPU.
     precision: "bfloat16" (autocast) or "float32"; when not given, bfloat16 where the hardware computes in it.
     data: Fashion-MNIST when not given; of any, what ``config`` says (``limit``, ``validation``).
     checkpoint: a file that is written after every epoch, and from which a run that was cut off goes on.
-    weights: a safetensors file for the weights of the epoch with the best test accuracy.
+    weights: a safetensors file for the weights of the epoch with the best test accuracy; those of the last epoch are
+    put beside it, as ``last_weights`` says.
     on_epoch: called after every epoch with its row of the history, and the model, in evaluation mode.
     progress, position: a progress bar, and its line where several runs share a terminal.
 
@@ -108,7 +107,8 @@ def train(
         }
     if weights is not None and run.best_weights is not None:
         try:
-            write_whole(weights, _safetensors(run, best_epoch(record)["epoch"]))
+            write_whole(weights, _safetensors(run, run.best_weights, best_epoch(record)["epoch"]))
+            write_whole(last_weights(weights), _safetensors(run, run.training.tested.state_dict(), len(run.history)))
         except OSError as error:
             if checkpoint is not None:  # the same call goes on from it to here
                 raise
@@ -162,10 +162,11 @@ class _Run:
     def _key(self) -> str:
         """What has to be equal for a checkpoint to go on as if never interrupted: all that decides a single bit."""
         environment = self.environment
-        decisive = ["torch", "precision", "path", "code_sha256", "data_sha256", "pixel_mean", "pixel_std"]
+        decisive = ["torch", "precision", "path", "code_sha256"]
+        decisive += ["data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
         if environment["path"] == "plain":
             decisive += ["device", "threads"]
-        key = {name: environment[name] for name in decisive}
+        key = {name: environment.get(name) for name in decisive}
         key |= {"kind": self.training.device.type, "capability": torch.backends.cpu.get_cpu_capability()}
         return json.dumps([CHECKPOINT_FORMAT, dataclasses.asdict(self.training.config), key])
 
@@ -179,10 +180,9 @@ class _Run:
         }
         content = io.BytesIO()
         torch.save(state, content)
-        content.write(hashlib.sha256(content.getbuffer()).digest())
         if checkpoint.exists():
             checkpoint.replace(_before(checkpoint))
-        write_whole(checkpoint, content.getbuffer())
+        write_whole(checkpoint, seal(content.getbuffer()))
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from the checkpoint, else from the one before it, else start afresh."""
@@ -203,10 +203,7 @@ class _Run:
             log.warning("The checkpoint %s is passed over, since %s; the run %s.", checkpoint, reasons[0], then)
 
     def _restore(self, content: bytes) -> None:
-        content, digest = content[:-32], content[-32:]
-        if hashlib.sha256(content).digest() != digest:
-            raise ValueError("it is damaged or not a checkpoint")
-        state = torch.load(io.BytesIO(content), map_location=self.training.device, weights_only=True)
+        state = torch.load(io.BytesIO(unseal(content)), map_location=self.training.device, weights_only=True)
         if state["key"] != self._key:
             raise ValueError("it was made by other code, data, config, device or precision")
         self.training.load_state_dict(state["training"])
@@ -218,18 +215,25 @@ def _before(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}.before")
 
 
-def _safetensors(run: _Run, epoch: float) -> bytes:
+def last_weights(weights: Path) -> Path:
+    """Where the weights of the last epoch lie, which nobody picked, beside those of the best."""
+    return weights.with_suffix(f".last{weights.suffix}")
+
+
+def _safetensors(run: _Run, weights: dict[str, Tensor], epoch: float) -> bytes:
     config, data = run.training.config, run.training.data
     origin = {
         "name": config.name,
         "epoch": int(epoch),
         "config": dataclasses.asdict(config),
         "image": list(data.train_images.shape[1:]),
+        "data_sha256": data.sha256,
         "pixel_mean": data.pixel_mean,
         "pixel_std": data.pixel_std,
     }
+    weights = {name: weight.contiguous() for name, weight in weights.items()}
     # One entry, because several would be written in an order that changes from call to call.
-    return safetensors.torch.save(run.best_weights, {"mixer": json.dumps(origin)})
+    return safetensors.torch.save(weights, {"mixer": json.dumps(origin)})
 
 
 def _environment(training: Training) -> dict[str, Any]:
@@ -239,6 +243,7 @@ def _environment(training: Training) -> dict[str, Any]:
         "data_sha256": training.data.sha256,
         "pixel_mean": training.data.pixel_mean,
         "pixel_std": training.data.pixel_std,
+        **({} if training.teacher is None else {"teacher_sha256": training.teacher.sha256}),
     }
 
 

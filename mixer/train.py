@@ -19,9 +19,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mixer import fused
 from mixer.config import Config
-from mixer.data import Data, augment, normalise, validation_split
+from mixer.data import Data, cut_out, draw_views, normalise, validation_split, view
 from mixer.model import MlpMixer, count_patches
 from mixer.optimisers import OPTIMISERS, SCHEDULES
+from mixer.peers import ConvNet, PlainMlp
+from mixer.teacher import Teacher
 
 WHITEN_BY = 5000  # images
 EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden layer near 100 MB
@@ -46,22 +48,10 @@ class Training:
         self.epoch = 0
         self.generator = torch.Generator()
         self._start_generator()
-        self.model = MlpMixer(
-            num_classes=data.num_classes,
-            num_blocks=config.num_blocks,
-            patch_size=config.patch_size,
-            num_patches=count_patches(tuple(data.train_images.shape[1:]), config.patch_size),
-            num_channels=config.num_channels,
-            patches_mlp_dim=config.patches_mlp_dim,
-            channels_mlp_dim=config.channels_mlp_dim,
-            dropout_p=config.dropout_p,
-            skip_connections=config.skip_connections,
-            gelu=config.gelu,
-            initialisation=config.initialisation,
-            generator=self.generator,
-        ).to(device)
-        if config.whiten:
-            self.model.stem.whiten(normalise(data.train_images[:WHITEN_BY], data.pixel_mean, data.pixel_std))
+        self.model = _network(config, data, self.generator).to(device)
+        self.teacher = None
+        if config.teacher:
+            self.teacher = Teacher(config.teacher, data, config.flip, config.shift, device, precision)
         fused = {"fused": device.type != "mps"}
         self.optimisers = OPTIMISERS[config.optimiser](self.model, config.lr, config.weight_decay, **fused)
         self.average, self.tested = None, self.model
@@ -108,7 +98,7 @@ class Training:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.train()
         for step, batch in enumerate(order.split(self.config.batch_size)):
-            logits, loss = self._forward(self.data.train_images[batch], labels[batch])
+            logits, loss = self._forward(batch)
             self.model.zero_grad()
             loss.backward()
             self._set_learning_rate(step)
@@ -149,17 +139,23 @@ class Training:
         for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
             group["lr"] = share * group.setdefault("initial_lr", group["lr"])
 
-    def _forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and loss of a batch, augmented as the config says."""
-        config = self.config
-        if config.flip or config.shift or config.erase:
-            images = augment(images, self.generator, config.flip, config.shift, config.erase)
+    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and loss of a batch of training images, by their numbers, augmented as the config says."""
+        config, images, labels = self.config, self.data.train_images[batch], self.data.train_labels[batch]
+        views = torch.zeros_like(batch)
+        if config.flip or config.shift:
+            views = draw_views(len(batch), self.generator, config.flip, config.shift)
+            images = view(images, views, config.shift)
+        if config.erase:
+            images = cut_out(images, self.generator, config.erase)
         inputs, share = normalise(images, self.data.pixel_mean, self.data.pixel_std), 1.0
         if config.mixup and self._uniform() < config.mixup:  # with the batch in reverse, whose order is random
             share -= self._uniform() / 2
             inputs = inputs.flip(0).lerp(inputs, share)
         with autocast(self.device, self.precision):
             logits = self.model(inputs)
+        if self.teacher is not None:
+            return logits, self.teacher.loss(logits, batch, views, config.temperature)
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         if share < 1:
             other = F.cross_entropy(logits, labels.flip(0), label_smoothing=config.label_smoothing)
@@ -168,6 +164,34 @@ class Training:
 
     def _uniform(self) -> float:
         return float(torch.rand((), generator=self.generator))
+
+
+Network = MlpMixer | PlainMlp | ConvNet
+
+
+def _network(config: Config, data: Data, generator: torch.Generator) -> Network:
+    if config.network == "conv":
+        return ConvNet(data.num_classes, config.dropout_p, generator)
+    if config.network == "mlp":
+        return PlainMlp(data.train_images[0].numel(), data.num_classes, config.dropout_p, generator)
+    model = MlpMixer(
+        num_classes=data.num_classes,
+        num_blocks=config.num_blocks,
+        patch_size=config.patch_size,
+        num_patches=count_patches(tuple(data.train_images.shape[1:]), config.patch_size),
+        num_channels=config.num_channels,
+        patches_mlp_dim=config.patches_mlp_dim,
+        channels_mlp_dim=config.channels_mlp_dim,
+        dropout_p=config.dropout_p,
+        skip_connections=config.skip_connections,
+        gelu=config.gelu,
+        initialisation=config.initialisation,
+        generator=generator,
+    )
+    if config.whiten:
+        first = data.train_images[:WHITEN_BY].to("cpu")
+        model.stem.whiten(normalise(first, data.pixel_mean, data.pixel_std))
+    return model
 
 
 class Diverged(ArithmeticError):
@@ -179,7 +203,11 @@ class Diverged(ArithmeticError):
 
 
 def predict(
-    model: MlpMixer, images: Tensor, precision: str = "float32", mean: float | None = None, std: float | None = None
+    model: Network,
+    images: Tensor,
+    precision: str = "float32",
+    mean: float | None = None,
+    std: float | None = None,
 ) -> Iterator[Tensor]:
     """The model's logits, float32 (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W).
 

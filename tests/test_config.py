@@ -45,6 +45,9 @@ from mixer.optimisers import OPTIMISERS, SCHEDULES
         {"average": 1},
         {"erase": 2.5},
         {"mixup": 1.1},
+        {"network": "transformer"},
+        {"teacher": "../conv"},
+        {"temperature": 0},
         {"label_smoothing": -0.1},
         {"flip": np.array([1, 0])},
         {"flip": torch.tensor([True, False])},
@@ -85,6 +88,21 @@ def test_names_are_readable_and_those_of_the_records_that_there_are():
     assert Config(patch_size=(7, 4), skip_connections=False).name.endswith("_patch7x4_noskip")
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"temperature": 2}, "temperature goes with a teacher"),
+        ({"teacher": "conv", "mixup": 0.5}, "teacher goes with flips and shifts only"),
+        ({"teacher": "conv", "label_smoothing": 0.1}, "teacher goes with flips and shifts only"),
+        ({"network": "conv", "num_blocks": 4}, "num_blocks is of a mixer"),
+        ({"network": "mlp", "whiten": True}, "whiten is of a mixer"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_named(fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        Config(**fields)
+
+
 def test_a_name_is_one_per_config():
     choose = random.Random(0)
     values = {
@@ -112,13 +130,20 @@ def test_a_name_is_one_per_config():
         "erase": [0, 4],
         "mixup": [0, 0.5, 1],
         "label_smoothing": [0, 0.1],
+        "network": ["mixer"],
+        "teacher": ["", "conv", "conv-1"],
+        "temperature": [1, 2.5],
         "average": [0, 0.9, 0.99],
         "validation": [True, False],
     }
     assert values.keys() == {field.name for field in dataclasses.fields(Config)}
-    configs = {Config(**{name: choose.choice(some) for name, some in values.items()}) for _ in range(20_000)}
-    for name, some in values.items():  # and all that differ in one field alone
-        configs |= {Config(**{name: value}) for value in some}
+    configs = {Config(network="mlp"), Config(network="conv")}
+    for _ in range(20_000):
+        drawn = {name: choose.choice(some) for name, some in values.items()}
+        drawn |= {"erase": 0, "mixup": 0, "label_smoothing": 0} if drawn["teacher"] else {"temperature": 1}
+        configs.add(Config(**drawn))
+    for name, some in values.items():  # and all that differ in one field alone, but for a teacher's
+        configs |= {Config(**{name: value}) for value in some if name != "temperature"}
     assert len({config.name for config in configs}) == len(configs) > 10_000
     assert all(set(config.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._+-") for config in configs)
 

@@ -67,9 +67,9 @@ def test_a_loss_that_is_not_finite_names_the_step(few, monkeypatch):
     run = training(few)
     forward, calls = run._forward, []
 
-    def spoilt(images, labels):
-        calls.append(images)
-        logits, loss = forward(images, labels)
+    def spoilt(batch):
+        calls.append(batch)
+        logits, loss = forward(batch)
         return logits, loss * (math.nan if len(calls) == 7 else 1)
 
     monkeypatch.setattr(run, "_forward", spoilt)

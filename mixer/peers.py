@@ -1,0 +1,97 @@
+"""What a mixer is measured against: a plain MLP and a convolutional network of about as many parameters.
+
+Both are trained as any run, ``Config(network="mlp")`` or ``Config(network="conv")``; the latter can be its teacher.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixer.dropout import Dropout
+from mixer.model import initialise, uninitialised
+
+HIDDEN = 654  # 948,310 parameters for Fashion-MNIST
+WIDTHS = (64, 64, 128, 128, 128)  # channels of the residual blocks, behind a stem of half as many: 955,210 parameters
+
+
+def _drawn(layer: nn.Module, generator: torch.Generator | None) -> nn.Module:
+    initialise(layer, "flax", generator)
+    return layer
+
+
+def _head(fan_in: int, num_classes: int) -> nn.Linear:
+    """Zeros, as a mixer's."""
+    head = uninitialised(nn.Linear, fan_in, num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _logits(head: nn.Linear, x: Tensor) -> Tensor:
+    """float32 under autocast too, as a mixer's."""
+    with torch.autocast(x.device.type, enabled=False):
+        return head(x.to(head.weight.dtype))
+
+
+class PlainMlp(nn.Module):
+    """All pixels into two hidden layers: (B, 1, H, W) -> logits (B, num_classes)."""
+
+    def __init__(
+        self, pixels: int, num_classes: int = 10, dropout_p: float = 0.0, generator: torch.Generator | None = None
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.blocks = nn.ModuleList(
+            _drawn(uninitialised(nn.Linear, size, HIDDEN), generator) for size in (pixels, HIDDEN)
+        )
+        self.dropout = Dropout(dropout_p, generator)
+        self.head = _head(HIDDEN, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.flatten(1)
+        for layer in self.blocks:
+            x = self.dropout(F.gelu(layer(x)))
+        return _logits(self.head, x)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation (He et al. 2016, arXiv:1603.05027): (B, C, H, W) -> (B, D, H / stride, W / stride)."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int, generator: torch.Generator | None):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels_in), nn.BatchNorm2d(channels_out)
+        self.conv1 = _convolution(channels_in, channels_out, 3, stride, generator)
+        self.conv2 = _convolution(channels_out, channels_out, 3, 1, generator)
+        self.skip = None if stride == 1 else _convolution(channels_in, channels_out, 1, stride, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x))
+        x = x if self.skip is None else self.skip(y)
+        return x + self.conv2(F.relu(self.norm2(self.conv1(y))))
+
+
+class ConvNet(nn.Module):
+    """Residual blocks, which halve an image where they double its channels: (B, 1, H, W) -> logits (B, num_classes)."""
+
+    def __init__(self, num_classes: int = 10, dropout_p: float = 0.0, generator: torch.Generator | None = None):
+        super().__init__()
+        self.num_classes = num_classes
+        before = (WIDTHS[0] // 2, *WIDTHS)
+        self.stem = _convolution(1, before[0], 3, 1, generator)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(old, new, 1 if new == old else 2, generator) for old, new in zip(before, WIDTHS, strict=False)
+        )
+        self.norm = nn.BatchNorm2d(WIDTHS[-1])
+        self.dropout = Dropout(dropout_p, generator)
+        self.head = _head(WIDTHS[-1], num_classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        for block in self.blocks:
+            x = block(x)
+        return _logits(self.head, self.dropout(F.relu(self.norm(x)).mean(dim=(2, 3))))
+
+
+def _convolution(channels_in: int, channels_out: int, size: int, stride: int, generator: torch.Generator) -> nn.Conv2d:
+    return _drawn(uninitialised(nn.Conv2d, channels_in, channels_out, size, stride, padding=size // 2), generator)

@@ -1,0 +1,90 @@
+"""What a convolutional network, trained on the same images, makes of every view of them.
+
+A mixer can learn from it as in Beyer et al. 2021 (arXiv:2106.05237, "a good teacher is patient and consistent"): both
+see the same view of an image, and what the teacher makes of it is the student's only target. Flips and shifts give an
+image few views (50 with shifts of up to two pixels), so the teacher looks at each once and its logits are kept.
+
+The teacher is trained as any run, ``Config(network="conv")``.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor
+from tqdm import tqdm
+
+from mixer.data import Data, normalise, view
+from mixer.fetch import data_folder
+from mixer.peers import ConvNet
+from mixer.records import seal, unseal, write_whole
+
+WEIGHTS = Path(__file__).parent.parent / "results" / "teachers"
+
+
+class Teacher:
+    """The logits (views, N, num_classes) of a trained ConvNet for the training images, float16.
+
+    name: of its weights, ``results/teachers/<name>.safetensors``. flip, shift: which views there are, in the order of
+    ``data.view``. Computed once, which takes minutes, and kept in the data folder.
+
+    Raises ValueError where there is none, or one that was trained on other images than ``data``'s.
+    """
+
+    def __init__(self, name: str, data: Data, flip: bool, shift: int, device: torch.device, precision: str):
+        path = WEIGHTS / f"{name}.safetensors"
+        try:
+            weights = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"there is no teacher {path} ({error.strerror}): train it first") from None
+        views = (2 if flip else 1) * (2 * shift + 1) ** 2
+        decisive = [weights, repr((views, shift, precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()]
+        kept = data_folder() / "teachers" / f"{name}-{hashlib.sha256(b''.join(decisive)).hexdigest()[:16]}.bin"
+        shape = views, len(data.train_images), data.num_classes
+        try:
+            content = unseal(kept.read_bytes())
+        except (OSError, ValueError):
+            model = _conv_net(path, weights, data)
+            content = _logits(model, data, views, shift, precision).numpy().tobytes()
+            write_whole(kept, seal(content))
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.logits = torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(device)
+
+    def loss(self, logits: Tensor, images: Tensor, views: Tensor, temperature: float) -> Tensor:
+        """KL divergence from the teacher to the student, times the temperature's square (Hinton et al. 2015).
+
+        ``images`` (B,): their numbers among the training images; ``views`` (B,): which one was seen.
+        """
+        target = self.logits[views.to(images.device), images].float() / temperature
+        student = F.log_softmax(logits / temperature, dim=1)
+        divergence = F.kl_div(student, F.log_softmax(target, dim=1), reduction="batchmean", log_target=True)
+        return temperature**2 * divergence
+
+
+def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
+    model = ConvNet(data.num_classes)
+    try:
+        model.load_state_dict(load(weights))
+        with safe_open(path, "pt") as file:
+            seen = json.loads(file.metadata()["mixer"])["data_sha256"]
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} does not hold a teacher of {data.num_classes} classes: train it again") from None
+    if seen != data.sha256:  # some of which may validate its student
+        raise ValueError(f"the teacher {path} was trained on other images than its student: train one on the same")
+    return model.eval()
+
+
+def _logits(model: ConvNet, data: Data, views: int, shift: int, precision: str) -> Tensor:
+    device, batches = data.train_images.device, data.train_images.split(1000)
+    model = model.to(device)
+    logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)
+    for number in tqdm(range(views), desc="the teacher looks at every view", leave=False, disable=None):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            seen = (view(images, torch.full((len(images),), number), shift) for images in batches)
+            answers = [model(normalise(images, data.pixel_mean, data.pixel_std)) for images in seen]
+        logits[number] = torch.cat(answers).half()
+    return logits

@@ -1,0 +1,33 @@
+"""A mixer's peers have about as many parameters and are trained as it is."""
+
+import pytest
+import torch
+from conftest import first_images
+
+from mixer.config import Config
+from mixer.model import MlpMixer
+from mixer.peers import ConvNet, PlainMlp
+from mixer.runs import train
+
+
+@pytest.mark.parametrize("peer", [PlainMlp(28 * 28), ConvNet()])
+def test_peers_have_as_many_parameters_as_a_mixer_to_a_hundredth(peer):
+    ours, theirs = (sum(weight.numel() for weight in model.parameters()) for model in (MlpMixer(), peer))
+    assert 0.99 < theirs / ours < 1.01
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = peer(torch.randn(3, 1, 28, 28))
+    assert logits.shape == (3, 10) and logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_a_peer_is_a_run_like_any_other(data, network):
+    few = first_images(data, 100, 50)
+    recipe = {"optimiser": "muon", "schedule": "linear", "flip": True, "dropout_p": 0.1, "average": 0.5}
+    config = Config(network=network, lr=0.02, batch_size=50, num_epochs=3, **recipe)
+    options = {"data": few, "device": "cpu", "precision": "float32", "progress": False}
+    record, model = train(config, return_model=True, **options)
+    losses = [epoch["train_loss"] for epoch in record["history"]]
+    assert record["environment"]["path"] == "plain" and losses[2] < losses[0]
+    again = train(config, **options)
+    assert [epoch["train_loss"] for epoch in again["history"]] == losses
+    assert model(torch.zeros(1, 1, 28, 28)).shape == (1, few.num_classes)
