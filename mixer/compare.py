@@ -1,0 +1,63 @@
+"""Sets of settings, each trained with several seeds: what they come to, and how far they differ.
+
+A *set* is a label, a word or a tuple of words, with its configs, one a seed.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+from statsmodels.stats.multitest import multipletests
+
+from mixer.config import Config
+from mixer.records import Record
+
+GUESSED = 10.0  # per cent: of ten classes
+LEARNED = 80.0  # per cent: a linear classifier gets 84
+
+
+def outcomes(
+    sets: Mapping[Hashable, Sequence[Config]], found: Mapping[Config, Record], names: Sequence[str], last: int = 1
+) -> pd.Series:
+    """Test accuracy in per cent of every run, by the set's ``names`` and "seed"; nothing as long as one is missing.
+
+    It is the mean of the ``last`` epochs. A run that diverged counts as guessing.
+    """
+    if any(config not in found for configs in sets.values() for config in configs):
+        return pd.Series(dtype=float)
+    accuracy = {}
+    for label, configs in sets.items():
+        words = label if isinstance(label, tuple) else (label,)
+        for config in configs:
+            tested = [epoch["test_accuracy"] for epoch in found[config]["history"]]
+            diverged = len(tested) < config.num_epochs
+            accuracy[*words, config.seed] = GUESSED if diverged else 100 * np.mean(tested[-last:])
+    return pd.Series(accuracy, name="accuracy").rename_axis([*names, "seed"]).sort_index()
+
+
+def by_set(accuracy: pd.Series) -> pd.DataFrame:
+    """Of each set of what ``outcomes`` gives: count, mean, min, max."""
+    return accuracy.groupby(level=accuracy.index.names[:-1], sort=False).agg(["count", "mean", "min", "max"])
+
+
+def compare(accuracy: pd.Series, pairs: Mapping[Hashable, tuple[Hashable, Hashable]]) -> pd.DataFrame:
+    """For each pair of sets the difference of their means in points, its 95 % t interval, p, and p by Holm.
+
+    accuracy: as ``outcomes`` gives it. The deviation between seeds is pooled over all sets that have learned, and
+    "freedom" is what it has; pairs with a set that has not, because one of its seeds is below LEARNED, are not tested.
+    """
+    lowest = accuracy.groupby(level=accuracy.index.names[:-1]).transform("min")
+    learned = accuracy[lowest >= LEARNED]
+    labels = list(learned.index.droplevel("seed"))
+    sets = list(dict.fromkeys(labels))
+    member = np.array([[label == one for one in sets] for label in labels], dtype=float)
+    fit = sm.OLS(learned.to_numpy(), member).fit()
+    tested = {name: pair for name, pair in pairs.items() if set(pair) <= set(sets)}
+    contrasts = [[float(one == first) - float(one == second) for one in sets] for first, second in tested.values()]
+    table = fit.t_test(np.array(contrasts)).summary_frame()
+    table.columns = ["difference", "error", "t", "p", "low", "high"]
+    table.index = pd.Index(list(tested))
+    table["holm"] = multipletests(table["p"], method="holm")[1]
+    table["deviation"], table["freedom"] = np.sqrt(fit.mse_resid), int(fit.df_resid)
+    return table.drop(columns=["error", "t"]).reindex(pd.Index(list(pairs)))
