@@ -131,6 +131,7 @@ def test_no_result_is_typed_into_the_report_by_hand():
         "batch of 256",
         "seed~0",
         "Patch size 4",
+        "1, 2, 4, 8 and 16 blocks",
         *(f"Fig.~{n}" for n in (1, 2, 3)),
         *(f"{{C{n}}}" for n in (1, 2, 3, 4, 5)),
     ):
