@@ -61,9 +61,9 @@ questions: .venv/installed
 	$(LEFT_OUT) --inputs scaled
 	$(BIN)/python -m mixer.gradients
 
-# The weights of the last epoch of a recipe's run with seed 0, under the name by which others find them; where they are.
+# The weights of the last epoch of a recipe's run with seed 0, under the name by which others find them; where they are here.
 keep = weights="results/recipe/weights/$$($(BIN)/python -c \
-	"import mixer; print(mixer.grid(recipe='$(1)')[0].name)").last.safetensors"; \
+	"import mixer; print(mixer.grid(recipe='$(1)', $(3))[0].name)").last.safetensors"; \
 	if [ -e "$$weights" ]; then mkdir -p $(dir $(2)) && cp "$$weights" $(2); fi
 
 RECIPE := $(BIN)/python -m mixer.grid --results results/recipe --recipe
@@ -98,6 +98,11 @@ recipe: .venv/installed
 	$(ORDER) --results results/recipe --network conv
 	$(ORDER) --results results/recipe/shuffled-patches --data build/shuffled-patches --network mixer conv
 	$(ORDER) --results results/recipe/shuffled-pixels --data build/shuffled-pixels --network mixer conv
+
+# For students that are tried on the validation split: `--recipe distilled --teacher conv-validation --validation yes`.
+results/teachers/conv-validation.safetensors: .venv/installed
+	$(RECIPE) teacher --validation yes
+	$(call keep,teacher,$@,validation=True)
 
 bench: .venv/installed-dev
 	$(BIN)/python -m mixer.bench
