@@ -2,6 +2,7 @@
 # make test       unit tests, and the notebooks compared with what they show when run again
 # make grid       train what is missing of the coursework's grid
 # make questions  train what is missing of the runs of notebooks/questions.ipynb, and measure their gradients
+# make recipe     train what is missing of the runs of notebooks/recipe.ipynb, the most important ones first
 # make data       Fashion-MNIST into data/
 # make bench      what the fast path is worth on this machine
 # make speedrun   how long this machine takes to the coursework's accuracy
@@ -15,7 +16,7 @@ RESULTS := $(wildcard results/*.safetensors results/*.json results/*/*.json resu
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
 .NOTPARALLEL:  # every notebook has a table in README.md
-.PHONY: report test grid questions data bench speedrun notebook clean
+.PHONY: report test grid questions recipe data bench speedrun notebook clean
 .DELETE_ON_ERROR:
 
 report: build/report
@@ -59,6 +60,49 @@ questions: .venv/installed
 	$(LEFT_OUT) --initialisation pytorch
 	$(LEFT_OUT) --inputs scaled
 	$(BIN)/python -m mixer.gradients
+
+# The weights of the last epoch of a recipe's run with seed 0, under the name by which others find them; where they are here.
+keep = weights="results/recipe/weights/$$($(BIN)/python -c \
+	"import mixer; print(mixer.grid(recipe='$(1)', $(3))[0].name)").last.safetensors"; \
+	if [ -e "$$weights" ]; then mkdir -p $(dir $(2)) && cp "$$weights" $(2); fi
+
+RECIPE := $(BIN)/python -m mixer.grid --results results/recipe --recipe
+PEER := $(RECIPE) modern --seeds 0 1 --whiten no --initialisation flax --network
+# Followed by an ingredient, which is taken away; one that the recipe does not have makes a run that is there already.
+WITHOUT := $(RECIPE) modern --seeds 0 1 --num-epochs 40
+ORDER := $(BIN)/python -m mixer.grid --batch-size 256 --seeds 0 1 --num-epochs 10 --lr 0.01 --dropout 0.1
+recipe: .venv/installed
+	$(RECIPE) modern --seeds 0 1 2
+	$(call keep,modern,results/recipe.safetensors)
+	$(BIN)/python -m mixer.labels
+	$(RECIPE) teacher
+	$(call keep,teacher,results/teachers/conv.safetensors)
+	$(RECIPE) distilled --seeds 0 1 2
+	$(PEER) mlp
+	$(PEER) conv
+	$(WITHOUT)
+	$(WITHOUT) --optimiser adamw --lr 0.003
+	$(WITHOUT) --weight-decay 0
+	$(WITHOUT) --schedule constant
+	$(WITHOUT) --average 0
+	$(WITHOUT) --flip no
+	$(WITHOUT) --shift 0
+	$(WITHOUT) --erase 0
+	$(WITHOUT) --mixup 0
+	$(WITHOUT) --label-smoothing 0
+	$(WITHOUT) --dropout 0
+	$(WITHOUT) --batch-size 256
+	$(WITHOUT) --whiten no
+	$(WITHOUT) --initialisation flax
+	$(BIN)/python -m mixer.shuffle build
+	$(ORDER) --results results/recipe --network conv
+	$(ORDER) --results results/recipe/shuffled-patches --data build/shuffled-patches --network mixer conv
+	$(ORDER) --results results/recipe/shuffled-pixels --data build/shuffled-pixels --network mixer conv
+
+# For students that are tried on the validation split: `--recipe distilled --teacher conv-validation --validation yes`.
+results/teachers/conv-validation.safetensors: .venv/installed
+	$(RECIPE) teacher --validation yes
+	$(call keep,teacher,$@,validation=True)
 
 bench: .venv/installed-dev
 	$(BIN)/python -m mixer.bench

@@ -36,6 +36,24 @@ RECIPES: dict[str, dict[str, Any]] = {
         "shift": 1,
         "average": 0.99,
     },
+    # Whom "distilled" follows; neither is tuned yet.
+    "teacher": {
+        "network": "conv",
+        "lr": 0.003,
+        "num_epochs": 20,
+        "optimiser": "adamw",
+        "weight_decay": 0.01,
+        "schedule": "linear",
+        "flip": True,
+        "shift": 2,
+        "erase": 8,
+        "average": 0.998,
+    },
+}
+# "modern" with the answers of results/teachers/conv.safetensors in place of the labels and what else changes them.
+RECIPES["distilled"] = RECIPES["modern"] | {
+    **{"teacher": "conv", "temperature": 2.0},
+    **{"erase": 0, "mixup": 0.0, "label_smoothing": 0.0},
 }
 
 

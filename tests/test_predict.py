@@ -7,9 +7,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from mixer.config import Config
 from mixer.data import CLASSES, normalise
 from mixer.model import MlpMixer
+from mixer.peers import ConvNet, PlainMlp
 from mixer.predict import WEIGHTS, classify, load_model, prepare
+from mixer.runs import last_weights, train
 
 
 @pytest.fixture
@@ -107,7 +110,21 @@ def test_a_model_of_other_sizes_is_read_by_its_file(tmp_path):
     assert list(probabilities.index) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("content", [None, b"", WEIGHTS.read_bytes()[:3000], {"other": torch.ones(2)}])
+def test_averaged_weights_of_the_last_epoch_are_weights_like_any_other(few, tmp_path):
+    sizes = {"num_blocks": 1, "patches_mlp_dim": 32, "channels_mlp_dim": 32}
+    config = Config(lr=0.02, num_epochs=2, batch_size=100, optimiser="muon", average=0.9, **sizes)
+    options = {"device": "cpu", "precision": "float32", "progress": False, "return_model": True}
+    _, model = train(config, data=few, weights=tmp_path / "run.safetensors", **options)
+    inputs = normalise(few.test_images[:9])
+    assert torch.equal(load_model(last_weights(tmp_path / "run.safetensors"))(inputs), model(inputs))
+
+
+PEERS = [
+    {name: weight.contiguous() for name, weight in peer.state_dict().items()} for peer in (PlainMlp(784), ConvNet())
+]
+
+
+@pytest.mark.parametrize("content", [None, b"", WEIGHTS.read_bytes()[:3000], {"other": torch.ones(2)}, *PEERS])
 def test_what_are_no_weights_ends_in_one_sentence(content, tmp_path):
     path = tmp_path / "w.safetensors"
     if isinstance(content, bytes):

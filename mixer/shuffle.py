@@ -1,0 +1,67 @@
+"""Fashion-MNIST with the patches of every image, or its pixels, in another order, the same for all of them.
+
+    python -m mixer.shuffle FOLDER      writes FOLDER/shuffled-patches and FOLDER/shuffled-pixels
+
+These are data sets in Fashion-MNIST's layout: ``python -m mixer.grid --data FOLDER/shuffled-patches`` trains on one.
+"""
+
+import argparse
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixer import data as fashion_mnist
+from mixer.data import Data, DataError
+from mixer.fetch import SHA256
+from mixer.records import write_whole
+
+SIDES = {"shuffled-patches": 4, "shuffled-pixels": 1}  # of the squares that keep their pixels
+
+
+def order(count: int) -> Tensor:
+    """Which of ``count`` squares comes to each place, int64; always the same."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+def shuffle(images: Tensor, side: int) -> Tensor:
+    """Images (N, H, W) cut into squares of ``side`` pixels, row by row, that are put together in ``order``.
+
+    Raises ValueError where such squares do not tile an image.
+    """
+    count, height, width = images.shape
+    if height % side or width % side:
+        raise ValueError(f"squares of {side}×{side} do not tile an image of {height}×{width}")
+    rows, columns = height // side, width // side
+    squares = images.view(count, rows, side, columns, side).transpose(2, 3).flatten(1, 2)
+    squares = squares[:, order(rows * columns).to(images.device)]
+    return squares.view(count, rows, columns, side, side).transpose(2, 3).reshape(images.shape)
+
+
+def write(data: Data, folder: Path) -> None:
+    """Write ``data`` as ``data.load_folder`` reads it. Raises OSError."""
+    tensors = (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    for name, tensor in zip(SHA256, tensors, strict=True):
+        header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
+        write_whole(folder / name, header + tensor.to(torch.uint8).numpy().tobytes())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mixer.shuffle", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where the two data sets go, 50 MB each")
+    folder = parser.parse_args(arguments).folder
+    try:
+        data = fashion_mnist.load()
+        for name, side in SIDES.items():
+            train, test = (shuffle(images, side) for images in (data.train_images, data.test_images))
+            write(replace(data, train_images=train, test_images=test), folder / name)
+            print(f"{folder / name} is written.")
+    except (DataError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

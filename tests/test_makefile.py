@@ -1,0 +1,80 @@
+"""What make trains for a notebook are the runs that it waits for, so a recipe that changes cannot leave one behind."""
+
+import dataclasses
+import itertools
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from mixer import grid as make_grid
+from mixer.config import Config
+from mixer.grid import RESULTS, _parser
+from mixer.report import PROJECT
+
+Run = tuple[Path, Config]  # where its record lies
+
+
+def trained(target: str) -> set[Run]:
+    """The runs of the commands that ``make target`` would give."""
+    make = subprocess.run(["make", "--dry-run", target], cwd=PROJECT, capture_output=True, text=True, check=True)
+    runs = set()
+    for line in make.stdout.splitlines():
+        _, module, options = line.partition("-m mixer.grid ")
+        if module:
+            values = vars(_parser().parse_args(shlex.split(options)))
+            folder = PROJECT / values.pop("results")
+            for name in ("jobs", "device", "precision", "data"):
+                values.pop(name)
+            configs = make_grid(**{name: value for name, value in values.items() if value is not None})
+            runs |= {(folder, config) for config in configs}
+    return runs
+
+
+def cells(notebook: str, *names: str) -> dict[str, object]:
+    """What these cells of a notebook define, and those of its parameters before them."""
+    tools = {"grid": make_grid, "Config": Config, "product": itertools.product, "pd": pd}
+    tools |= {"fields": dataclasses.fields, "replace": dataclasses.replace}
+    book = nbformat.read(PROJECT / "notebooks" / f"{notebook}.ipynb", 4)
+    sources = {cell.id: cell.source for cell in book.cells}
+    exec(sources["parameters"], tools)
+    tools["results"] = RESULTS / notebook
+    for name in names:
+        exec(sources[name], tools)
+    return tools
+
+
+def longer(num_epochs: int) -> set[Config]:
+    """The first epochs of runs of the coursework's grid, which go on."""
+    return set(make_grid(seeds=[0, 1], num_epochs=num_epochs))
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+
+
+@needs_make
+def test_make_questions():
+    sets = cells("questions", "sets")
+    wanted = {
+        (RESULTS / "questions", config)
+        for question in ("depths", "sizes", "left_out")
+        for configs in sets[question].values()
+        for config in configs
+    }
+    begun = {(RESULTS / "questions", config) for config in longer(8) | longer(10)}
+    assert len(wanted) > 80 and wanted - begun <= trained("questions") <= wanted
+
+
+@needs_make
+def test_make_recipe():
+    sets = cells("recipe", "recipes", "sets")
+    own = [*sets["recipes"].values(), sets["teacher"], *sets["ablation"].values(), *sets["peers"].values()]
+    wanted = {(RESULTS / "recipe", config) for configs in own for config in configs}
+    ordered = [config for configs in sets["ordered"].values() for config in configs]
+    wanted |= {(folder, config) for folder, config in itertools.product(sets["folders"].values(), ordered)}
+    wanted -= {(RESULTS / "recipe", config) for config in longer(10)}
+    assert len(wanted) > 30 and trained("recipe") == wanted
