@@ -70,7 +70,7 @@ class Data:
     def sha256(self) -> dict[str, str]:
         """For each tensor the SHA-256 of its IDX file: for the whole of Fashion-MNIST these are the files' own."""
         tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        return {name: sha256_of(_idx_file(tensor)) for name, tensor in zip(SHA256, tensors, strict=True)}
+        return {name: sha256_of(idx_file(tensor)) for name, tensor in zip(SHA256, tensors, strict=True)}
 
     def to(self, device: torch.device | str) -> "Data":
         """The same data on ``device``."""
@@ -183,7 +183,7 @@ def _pixel_statistics(images: Tensor) -> tuple[float, float]:
     return round(float(mean), 4), round(float(variance.sqrt()), 4) or 1.0  # images of one grey are divided by 1
 
 
-def _idx_file(tensor: Tensor) -> bytes:
+def idx_file(tensor: Tensor) -> bytes:
     """LeCun's format for unsigned bytes: 0, 0, type 8, number of dimensions, each size as four bytes, the bytes."""
     header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
     return header + tensor.to("cpu", torch.uint8).numpy().tobytes()

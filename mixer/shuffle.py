@@ -6,7 +6,6 @@ These are data sets in Fashion-MNIST's layout: ``python -m mixer.grid --data FOL
 """
 
 import argparse
-import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixer import data as fashion_mnist
-from mixer.data import Data, DataError
+from mixer.data import Data, DataError, idx_file
 from mixer.fetch import SHA256
 from mixer.records import write_whole
 
@@ -45,8 +44,7 @@ def write(data: Data, folder: Path) -> None:
     """Write ``data`` as ``data.load_folder`` reads it. Raises OSError."""
     tensors = (data.train_images, data.train_labels, data.test_images, data.test_labels)
     for name, tensor in zip(SHA256, tensors, strict=True):
-        header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
-        write_whole(folder / name, header + tensor.to(torch.uint8).numpy().tobytes())
+        write_whole(folder / name, idx_file(tensor))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
@@ -45,12 +46,14 @@ class Teacher:
         decisive = [weights, repr((views, shift, precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()]
         kept = data_folder() / "teachers" / f"{name}-{hashlib.sha256(b''.join(decisive)).hexdigest()[:16]}.bin"
         shape = views, len(data.train_images), data.num_classes
-        try:
-            content = unseal(kept.read_bytes())
-        except (OSError, ValueError):
-            model = _conv_net(path, weights, data)
-            content = _logits(model, data, views, shift, precision).numpy().tobytes()
-            write_whole(kept, seal(content))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept.with_suffix(".lock")):  # students that begin side by side let one of them do it
+            try:
+                content = unseal(kept.read_bytes())
+            except (OSError, ValueError):
+                model = _conv_net(path, weights, data)
+                content = _logits(model, data, views, shift, precision).numpy().tobytes()
+                write_whole(kept, seal(content))
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.logits = torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(device)
 

@@ -76,7 +76,7 @@ def test_a_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tm
 
 def test_what_is_kept_is_not_computed_again_unless_it_is_damaged(hundred, taught, tmp_path, monkeypatch):
     first = Teacher("little", hundred, False, 0, CPU, "float32")
-    [kept] = (tmp_path / "teachers").iterdir()
+    [kept] = (tmp_path / "teachers").glob("*.bin")
     with monkeypatch.context() as patch:
         patch.setattr(teacher, "_logits", None)
         assert Teacher("little", hundred, False, 0, CPU, "float32").sha256 == first.sha256
