@@ -58,6 +58,8 @@ def measure(folder: Path, data: Data) -> pd.DataFrame:
     if path.exists():
         rows = {(run, block): norm for run, block, norm in pd.read_csv(path).itertuples(index=False)}
     for weights in (folder / "weights").glob("*_dropout0_*.safetensors"):
+        if weights.stem.endswith(".last"):  # the last epoch's, which lie beside them
+            continue
         norms = gradient_norms(load_model(weights), data)
         rows |= {(weights.stem, block): norm for block, norm in enumerate(norms, start=1)}
     frame = pd.DataFrame([(*key, norm) for key, norm in sorted(rows.items())], columns=["run", "block", "norm"])
