@@ -73,10 +73,11 @@ def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
     try:
         model.load_state_dict(load(weights))
         with safe_open(path, "pt") as file:
-            seen = json.loads(file.metadata()["mixer"])["data_sha256"]
+            origin = json.loads(file.metadata()["mixer"])
+        seen = [origin[name] for name in ("data_sha256", "pixel_mean", "pixel_std")]
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError):
         raise ValueError(f"{path} does not hold a teacher of {data.num_classes} classes: train it again") from None
-    if seen != data.sha256:  # some of which may validate its student
+    if seen != [data.sha256, data.pixel_mean, data.pixel_std]:  # it may have seen what validates its student
         raise ValueError(f"the teacher {path} was trained on other images than its student: train one on the same")
     return model.eval()
 

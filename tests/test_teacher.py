@@ -97,7 +97,8 @@ def test_no_teacher_is_one_sentence(hundred, taught, tmp_path):
             Training(config, CPU, "float32", hundred)
 
 
-def test_a_teacher_that_saw_what_validates_its_student_is_refused(hundred, taught):
-    config = Config(teacher="little", validation=True, **SMALL)
+@pytest.mark.parametrize("other", [{"validation": True}, {"inputs": "scaled"}, {"limit": 90}], ids=str)
+def test_a_teacher_that_saw_other_images_than_its_student_is_refused(hundred, taught, other):
+    config = Config(teacher="little", **other, **SMALL)
     with pytest.raises(ValueError, match="trained on other images than its student"):
         Training(config, CPU, "float32", part_of(hundred, config))
