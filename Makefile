@@ -1,6 +1,6 @@
 # make            the report: set-up, data, executed notebooks, figures, report/report.pdf
 # make test       unit tests, and the notebooks compared with what they show when run again
-# make grid       train what is missing of the coursework's grid
+# make grid       train what is missing of the coursework's grid, with three seeds
 # make questions  train what is missing of the runs of notebooks/questions.ipynb, and measure their gradients
 # make recipe     train what is missing of the runs of notebooks/recipe.ipynb, the most important ones first
 # make data       Fashion-MNIST into data/
@@ -43,7 +43,8 @@ data: .venv/installed
 	@$(BIN)/python -m mixer.data
 
 grid: .venv/installed
-	$(BIN)/python -m mixer.grid
+	$(BIN)/python -m mixer.grid --seeds 0 1 2
+	$(BIN)/python -m mixer.grid --validation yes
 
 SHORT := $(BIN)/python -m mixer.grid --results results/questions --batch-size 256 --seeds 0 1
 PATCHES := $(SHORT) --num-epochs 10 --lr 0.01 --dropout 0.1 --patch-size

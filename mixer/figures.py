@@ -143,7 +143,7 @@ def loss(histories: pd.DataFrame) -> Figure:
 
 
 def test_accuracy(histories: pd.DataFrame, claimed: tuple[float, float, float] | None = None) -> Figure:
-    """Fig. 2: test accuracy as it is (thin) and as its mean over five epochs (thick), of 20 epochs or more.
+    """Fig. 2: test accuracy as its mean over five epochs, of 20 epochs or more; of a single seed also as it is (thin).
 
     claimed: the coursework's best, with the ends of its interval, to be shown beside it; all fractions.
     """
@@ -197,15 +197,16 @@ def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int 
     curves = list(_curves(histories, column))
     mean_of = mean_of if histories["epoch"].nunique() >= 4 * mean_of else 1  # of a short training it would hide all
     for turn, (style, runs) in enumerate(curves):
-        mean = runs.mean(axis=1)
+        smooth = runs.rolling(mean_of, center=True, min_periods=1).mean()
+        smooth = smooth.where(runs.notna())  # ends where a run diverged
         if runs.shape[1] > 1:
-            axis.fill_between(runs.index, runs.min(axis=1), runs.max(axis=1), color=style["color"], alpha=0.15, lw=0)
+            low, high = smooth.min(axis=1), smooth.max(axis=1)
+            axis.fill_between(runs.index, low, high, color=style["color"], alpha=0.15, lw=0)
         elif mean_of > 1:
-            axis.plot(mean.index, mean, color=style["color"], linewidth=0.4, alpha=0.45)
+            axis.plot(runs, color=style["color"], linewidth=0.4, alpha=0.45)
         step = max(1, len(runs) // 9)
         axis.plot(
-            mean.index,
-            mean.rolling(mean_of, center=True, min_periods=1).mean(),
+            smooth.mean(axis=1),
             **style,
             linewidth=1.0,
             markersize=4,

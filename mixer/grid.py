@@ -112,7 +112,7 @@ def best(records: Iterable[Record]) -> Record:
 
 
 def publish_best(results: Path | str = RESULTS) -> None:
-    """Keep the weights of the coursework grid's best run as ``best.safetensors``, where they were trained here.
+    """Keep the weights of the coursework's best run with seed 0 as ``best.safetensors``, where they were trained here.
 
     Does nothing as long as the coursework's eight runs are not all there. Raises OSError.
     """

@@ -8,7 +8,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from mixer import figures
 from mixer.data import CLASSES
-from mixer.grid import RESULTS, coursework, grid, histories, read_records
+from mixer.grid import grid, histories, run_grid
 from mixer.model import MlpMixer
 
 
@@ -66,12 +66,20 @@ def test_seeds_are_a_mean_in_a_band_from_the_lowest_to_the_highest():
     assert reach["max"].to_numpy() == pytest.approx(by_epoch.max())
 
 
-def test_accuracy_is_thin_and_its_running_mean_thick():
+def test_accuracy_is_a_running_mean_and_of_one_seed_also_a_thin_line():
     history = curves(20, grid(num_epochs=20)[:1])
     thin, mean = figures.test_accuracy(history).axes[0].lines
     assert thin.get_linewidth() < mean.get_linewidth()
     assert thin.get_ydata() == pytest.approx(history["test_accuracy"])
     assert mean.get_ydata()[4] == pytest.approx(history["test_accuracy"][2:7].mean())
+    seeds = curves(20, grid(lrs=[0.01], dropouts=[0.1], batch_sizes=[256], seeds=(0, 1), num_epochs=20))
+    seeds.loc[seeds["seed"] == 1, "test_accuracy"] -= 0.01
+    axis = figures.test_accuracy(seeds).axes[0]
+    by_epoch = seeds.pivot(index="epoch", columns="seed", values="test_accuracy")
+    (mean,), (band,) = axis.lines, axis.collections
+    assert mean.get_ydata()[4] == pytest.approx(by_epoch.loc[3:7].mean(axis=None))
+    fifth = [y for x, y in band.get_paths()[0].vertices if x == 5]
+    assert [min(fifth), max(fifth)] == pytest.approx(sorted(by_epoch.loc[3:7].mean()))
     (only,) = figures.test_accuracy(history[:5]).axes[0].lines
     assert only.get_ydata() == pytest.approx(history["test_accuracy"][:5])
 
@@ -185,7 +193,7 @@ def test_architecture_shows_the_sizes_of_the_model():
 
 
 def test_committed_figures_follow_from_the_committed_records(tmp_path):
-    history = histories(coursework(read_records(RESULTS)))
+    history = histories(run_grid(grid(seeds=[0, 1, 2])))
     claimed = (0.8917, *proportion_confint(8917, 10_000, method="wilson"))
     figures.save(figures.loss(history), "fig1_loss", tmp_path)
     figures.save(figures.test_accuracy(history, claimed), "fig2_test_accuracy", tmp_path)

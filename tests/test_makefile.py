@@ -57,6 +57,15 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is n
 
 
 @needs_make
+def test_make_grid():
+    shown = cells("experiments")
+    values = [shown[name] for name in ("lrs", "dropouts", "batch_sizes", "seeds")]
+    runs = make_grid(*values, num_epochs=shown["num_epochs"], limit=shown["limit"])
+    judged = [dataclasses.replace(config, validation=True) for config in runs if config.seed == shown["seeds"][0]]
+    assert trained("grid") == {(RESULTS, config) for config in [*runs, *judged]}
+
+
+@needs_make
 def test_make_questions():
     sets = cells("questions", "sets")
     wanted = {
