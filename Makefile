@@ -68,9 +68,9 @@ keep = weights="results/recipe/weights/$$($(BIN)/python -c \
 	if [ -e "$$weights" ]; then mkdir -p $(dir $(2)) && cp "$$weights" $(2); fi
 
 RECIPE := $(BIN)/python -m mixer.grid --results results/recipe --recipe
-PEER := $(RECIPE) modern --seeds 0 1 --whiten no --initialisation flax --network
+PEER := $(RECIPE) modern --seeds 0 1 --num-epochs 20 --whiten no --initialisation flax --network
 # Followed by an ingredient, which is taken away; one that the recipe does not have makes a run that is there already.
-WITHOUT := $(RECIPE) modern --seeds 0 1 --num-epochs 40
+WITHOUT := $(RECIPE) modern --seeds 0 1 --num-epochs 20
 ORDER := $(BIN)/python -m mixer.grid --batch-size 256 --seeds 0 1 --num-epochs 10 --lr 0.01 --dropout 0.1
 recipe: .venv/installed
 	$(RECIPE) modern --seeds 0 1 2
