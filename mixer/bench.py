@@ -32,7 +32,7 @@ from mixer import build, fused
 from mixer.config import Config
 from mixer.grid import LRS, RESULTS, grid
 from mixer.model import MixerBlock, MlpMixer
-from mixer.records import environment, write_whole
+from mixer.records import check_writable, environment, write_whole
 from mixer.train import find_device, find_precision
 
 FOLDER = RESULTS / "bench"
@@ -268,7 +268,7 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
             default | {"patches_mlp_dim": 1024 * f // 4, "channels_mlp_dim": 512 * f // 4} for f in (1, 2, 4, 8)
         ],
     }
-    pair = [name for name in ("timm", "fast") if name in variants]
+    pair = [name for name in ("timm", "fast") if name in trainers]
     for what, list_of_sizes in scaling.items():
         result["scaling"][what] = []
         for sizes in list_of_sizes:
@@ -343,7 +343,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="some minutes, to see that it works; writes nothing")
     parser.add_argument("--device", help="cpu, cuda; found when not given")
     parser.add_argument("--variants", nargs="+", choices=LABELS, default=list(LABELS), metavar="VARIANT",
-                        help=f"some of {', '.join(LABELS)}")  # fmt: skip
+                        help=f"some of {', '.join(LABELS)}; writes nothing")  # fmt: skip
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -355,10 +355,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         device = find_device(options.device)
+        keep = not options.quick and options.variants == list(LABELS)
+        path = FOLDER / file_name(environment(device, find_precision(device)))
+        if keep:
+            check_writable(path)
         result = measure(device, options.quick, options.variants)
-        if options.quick:
+        if not keep:
             return
-        path = FOLDER / file_name(result["environment"])
         write_whole(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
     except (ValueError, OSError) as error:
         sys.exit(str(error))

@@ -14,6 +14,7 @@ from mixer.config import Config
 from mixer.records import Record
 
 GUESSED = 10.0  # per cent: of ten classes
+COLUMNS = ["difference", "p", "low", "high", "holm", "deviation", "freedom"]
 LEARNED = 80.0  # per cent: a linear classifier gets 84
 
 
@@ -51,13 +52,15 @@ def compare(accuracy: pd.Series, pairs: Mapping[Hashable, tuple[Hashable, Hashab
     learned = accuracy[lowest >= LEARNED]
     labels = list(learned.index.droplevel("seed"))
     sets = list(dict.fromkeys(labels))
+    tested = {name: pair for name, pair in pairs.items() if set(pair) <= set(sets)}
+    if not tested:
+        return pd.DataFrame(index=pd.Index(list(pairs)), columns=COLUMNS, dtype=float)
     member = np.array([[label == one for one in sets] for label in labels], dtype=float)
     fit = sm.OLS(learned.to_numpy(), member).fit()
-    tested = {name: pair for name, pair in pairs.items() if set(pair) <= set(sets)}
     contrasts = [[float(one == first) - float(one == second) for one in sets] for first, second in tested.values()]
     table = fit.t_test(np.array(contrasts)).summary_frame()
-    table.columns = ["difference", "error", "t", "p", "low", "high"]
+    table = table.set_axis(["difference", "error", "t", "p", "low", "high"], axis=1)
     table.index = pd.Index(list(tested))
     table["holm"] = multipletests(table["p"], method="holm")[1]
     table["deviation"], table["freedom"] = np.sqrt(fit.mse_resid), int(fit.df_resid)
-    return table.drop(columns=["error", "t"]).reindex(pd.Index(list(pairs)))
+    return table[COLUMNS].reindex(pd.Index(list(pairs)))

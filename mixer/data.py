@@ -88,10 +88,9 @@ class Data:
         return replace(self, train_images=images, train_labels=labels, name=f"{self.name}, first {limit}")
 
 
-def load(device: torch.device | str = "cpu", limit: int | None = None) -> Data:
-    """Fashion-MNIST on ``device``; ``limit`` keeps only the first training images. Raises DataError, ValueError."""
-    data = Data(*_read(prepare() / "FashionMNIST" / "raw"), "Fashion-MNIST", PIXEL_MEAN, PIXEL_STD)
-    return (data if limit is None else data.first(limit)).to(device)
+def load(device: torch.device | str = "cpu") -> Data:
+    """Fashion-MNIST on ``device``. Raises DataError."""
+    return Data(*_read(prepare() / "FashionMNIST" / "raw"), "Fashion-MNIST", PIXEL_MEAN, PIXEL_STD).to(device)
 
 
 def load_folder(folder: Path | str, device: torch.device | str = "cpu") -> Data:

@@ -104,19 +104,30 @@ _MARKS = {
 _MEASURED = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
 
+def _word(value: object) -> str:
+    """A setting's value. A ``limit`` of None is "all", and it has made pandas take the others for fractions."""
+    if isinstance(value, float):
+        return "all" if np.isnan(value) else f"{value:g}"
+    return str(value)
+
+
 def encode(histories: pd.DataFrame) -> dict[str, tuple[str, dict[object, object]]]:
     """Column -> the kind of its mark, and for each of its values the colour, line style or marker.
 
     The columns are lr, dropout_p and batch_size; where one of them has a single value, another setting that varies
-    takes its place. Beyond six values of a setting, marks are used again.
+    takes its place. Beyond six values of a setting, marks are used again. Raises ValueError where more than three vary.
     """
-    varying = [name for name in _settings(histories) if histories[name].map(str).nunique() > 1]
+    varying = [name for name in _settings(histories) if histories[name].map(_word).nunique() > 1]
+    if len(varying) > len(_MARKS):
+        raise ValueError(
+            f"a curve has marks for three settings, and {', '.join(varying)} vary: draw a part of the runs"
+        )
     others = iter([name for name in varying if name not in _MARKS])
     encoding = {}
     for column, (_, kind, known, marks) in _MARKS.items():
         other = None if column in varying else next(others, None)
         if other:
-            encoding[other] = kind, dict(zip(sorted(histories[other].map(str).unique()), cycle(marks), strict=False))
+            encoding[other] = kind, dict(zip(sorted(histories[other].map(_word).unique()), cycle(marks), strict=False))
         else:
             there = set(histories[column])
             further = zip(sorted(there - set(known)), cycle(marks[len(known) :]), strict=False)
@@ -142,20 +153,18 @@ def loss(histories: pd.DataFrame) -> Figure:
     return figure
 
 
-def test_accuracy(histories: pd.DataFrame, claimed: tuple[float, float, float] | None = None) -> Figure:
+def test_accuracy(histories: pd.DataFrame, claimed: float | None = None) -> Figure:
     """Fig. 2: test accuracy as its mean over five epochs, of 20 epochs or more; of a single seed also as it is (thin).
 
-    claimed: the coursework's best, with the ends of its interval, to be shown beside it; all fractions.
+    claimed: the coursework's best, a fraction, to be shown beside it.
     """
     with drawing(3.0) as figure:
         axis = figure.subplots()
         if claimed is not None:
-            accuracy, low, high = claimed
-            axis.axhspan(low, high, color="#F1F1F1", zorder=0)
-            axis.axhline(accuracy, color=MUTED, linewidth=0.8, zorder=1)
-            label, place = f"coursework\n{100 * accuracy:.2f} %", (1.01, accuracy)
+            axis.axhline(claimed, color=MUTED, linewidth=0.8, zorder=1)
+            label, place = f"coursework\n{100 * claimed:.2f} %", (1.01, claimed)
             axis.annotate(label, place, xycoords=("axes fraction", "data"), va="center", color=MUTED, fontsize=7)
-        _accuracy(figure, axis, histories, "test_accuracy", also=claimed and claimed[2], mean_of=5)
+        _accuracy(figure, axis, histories, "test_accuracy", also=claimed, mean_of=5)
     return figure
 
 
@@ -169,8 +178,8 @@ def train_accuracy(histories: pd.DataFrame) -> Figure:
 def _accuracy(
     figure: Figure, axis: Axes, histories: pd.DataFrame, column: str, also: float | None = None, mean_of: int = 1
 ) -> None:
-    _draw_curves(axis, histories, column, mean_of)
-    axis.set_ylabel(column.replace("_", " "))
+    mean_of = _draw_curves(axis, histories, column, mean_of)
+    axis.set_ylabel(column.replace("_", " ") + (f", mean of {mean_of} epochs" if mean_of > 1 else ""))
     axis.yaxis.set_major_formatter(_PERCENT)
     _frame(axis, histories, [column], rising=True, also=also)
     _legends(figure, histories)
@@ -184,16 +193,17 @@ def _settings(histories: pd.DataFrame) -> list[str]:
 def _curves(histories: pd.DataFrame, column: str) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
     """For each set of settings its marks, and the runs: a row an epoch, a column a seed."""
     encoding = encode(histories)
-    sets = histories.groupby([histories[name].map(str) for name in _settings(histories)], sort=False)
+    sets = histories.groupby([histories[name].map(_word) for name in _settings(histories)], sort=False)
     for _, rows in sets:
         first = rows.iloc[0]
         style = {}
         for name, (kind, marks) in encoding.items():
-            style[kind] = marks[first[name] if name in _MARKS else str(first[name])]
+            style[kind] = marks[first[name] if name in _MARKS else _word(first[name])]
         yield style, rows.pivot(index="epoch", columns="seed", values=column)
 
 
-def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int = 1) -> None:
+def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int = 1) -> int:
+    """Gives how many epochs a point is the mean of: ``mean_of``, or 1 in a short training."""
     curves = list(_curves(histories, column))
     mean_of = mean_of if histories["epoch"].nunique() >= 4 * mean_of else 1  # of a short training it would hide all
     for turn, (style, runs) in enumerate(curves):
@@ -218,6 +228,7 @@ def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int 
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     last = histories["epoch"].max() if len(histories) else 1
     axis.set_xlim(1 - 0.02 * last, last * 1.02)
+    return mean_of
 
 
 def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: bool, also: float | None = None) -> None:

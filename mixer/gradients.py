@@ -5,6 +5,7 @@ python -m mixer.gradients       results/questions/gradients.csv, from the weight
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +18,7 @@ from mixer import fused
 from mixer.data import Data, DataError, normalise
 from mixer.grid import RESULTS
 from mixer.model import MlpMixer
-from mixer.predict import load_model
+from mixer.predict import load_with_origin
 from mixer.records import write_whole
 
 IMAGES = 1000  # the first of the training images
@@ -56,11 +57,15 @@ def measure(folder: Path, data: Data) -> pd.DataFrame:
     """
     path, rows = folder / "gradients.csv", {}
     if path.exists():
-        rows = {(run, block): norm for run, block, norm in pd.read_csv(path).itertuples(index=False)}
+        try:
+            rows = pd.read_csv(path, index_col=["run", "block"])["norm"].to_dict()
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} is no table of gradients ({error}): take it away.") from None
     for weights in (folder / "weights").glob("*_dropout0_*.safetensors"):
         if weights.stem.endswith(".last"):  # the last epoch's, which lie beside them
             continue
-        norms = gradient_norms(load_model(weights), data)
+        model, origin = load_with_origin(weights)
+        norms = gradient_norms(model, replace(data, pixel_mean=origin["pixel_mean"], pixel_std=origin["pixel_std"]))
         rows |= {(weights.stem, block): norm for block, norm in enumerate(norms, start=1)}
     frame = pd.DataFrame([(*key, norm) for key, norm in sorted(rows.items())], columns=["run", "block", "norm"])
     write_whole(path, frame.to_csv(index=False, float_format="%.4g", lineterminator="\n").encode())

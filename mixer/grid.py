@@ -11,8 +11,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, Future, as_completed
@@ -22,17 +25,21 @@ from typing import Any
 
 import filelock
 import pandas as pd
+from safetensors import SafetensorError, safe_open
 
 from mixer import data as fashion_mnist
 from mixer.config import RECIPES, Config
 from mixer.data import DataError
+from mixer.fetch import absolute
 from mixer.records import Record, RecordError, best_epoch, check_writable, read_record, write_record, write_whole
 from mixer.runs import Interrupted, train
+from mixer.teacher import weights_of as teacher_weights
 from mixer.train import find_device, find_precision, part_of
 from mixer.workers import Workers, cores, in_words
 
 RESULTS = Path(__file__).parent.parent / "results"
 LRS, DROPOUTS, BATCH_SIZES = (0.01, 0.001), (0.0, 0.1), (256, 512)
+_LISTS = {"lr": "lrs", "dropout_p": "dropouts", "batch_size": "batch_sizes", "seed": "seeds"}
 HISTORY = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
 log = logging.getLogger("mixer")
@@ -61,14 +68,15 @@ def grid(
     ``others``: any other fields of ``Config``, each with one value or with a list of values:
     ``grid(seeds=range(3), num_epochs=10, num_blocks=[1, 2, 4])``. Raises ValueError, TypeError.
     """
+    for name in _LISTS.keys() & others.keys():
+        raise TypeError(f"a grid takes {_LISTS[name]}, a list of values, in place of {name}")
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe is {recipe!r}, but it has to be one of {', '.join(RECIPES)}")
     base = Config(**RECIPES[recipe]) if recipe else None
     lrs = lrs if lrs is not None else [base.lr] if base else LRS
     dropouts = dropouts if dropouts is not None else [base.dropout_p] if base else DROPOUTS
     batch_sizes = batch_sizes if batch_sizes is not None else [base.batch_size] if base else BATCH_SIZES
-    others = RECIPES.get(recipe, {}) | others
-    others = {name: value for name, value in others.items() if name not in ("lr", "dropout_p", "batch_size")}
+    others = {name: value for name, value in RECIPES.get(recipe, {}).items() if name not in _LISTS} | others
     lists = [values if isinstance(values, list) else [values] for values in others.values()]
     return [
         Config(lr=lr, dropout_p=dropout_p, batch_size=batch_size, seed=seed, **dict(zip(others, rest, strict=True)))
@@ -114,11 +122,18 @@ def best(records: Iterable[Record]) -> Record:
 def publish_best(results: Path | str = RESULTS) -> None:
     """Keep the weights of the coursework's best run with seed 0 as ``best.safetensors``, where they were trained here.
 
-    Does nothing as long as the coursework's eight runs are not all there. Raises OSError.
+    Does nothing as long as the coursework's eight runs are not all there, nor with weights of another training than the
+    record's. Raises OSError.
     """
-    with contextlib.suppress(RecordError, ValueError, FileNotFoundError):
-        config = Config(**best(coursework(read_records(results)))["config"])
-        write_whole(Path(results) / "best.safetensors", weights_path(config, results).read_bytes())
+    with contextlib.suppress(RecordError, ValueError, KeyError, TypeError, FileNotFoundError, SafetensorError):
+        record, published = best(coursework(read_records(results))), Path(results) / "best.safetensors"
+        weights = weights_path(Config(**record["config"]), results)
+        with safe_open(weights, "pt") as file:
+            origin = json.loads(file.metadata()["mixer"])
+        content, measured = weights.read_bytes(), origin["measured"]
+        same = all(best_epoch(record)[name] == value for name, value in measured.items())
+        if same and not (published.exists() and published.read_bytes() == content):
+            write_whole(published, content)
 
 
 def histories(records: Iterable[Record]) -> pd.DataFrame:
@@ -149,12 +164,13 @@ def run_grid(
     nodes share the folder. (When a worker of a ProcessPoolExecutor is killed, its other runs fail too; of ``jobs``,
     only the one.)
     device, precision: as of ``train``. data: the folder of a data set of one's own, as ``data.load_folder`` takes it.
-    A record that is there already and was made in another way, or of other data, is a failure.
+    A record that is there already and was made in another way, of other data or by another teacher, is a failure.
 
     When a run fails, the others are trained all the same; then GridError names what failed. Ctrl-C stops them
     all and raises Interrupted.
     """
     results = Path(results).absolute()
+    data = None if data is None else absolute(data)
     configs = list(dict.fromkeys(configs))
     if any(not os.path.lexists(record_path(config, results)) for config in configs):
         check_writable(results / "checkpoints" / "lock")
@@ -263,6 +279,9 @@ def _check_as_asked_for(
         "data": environment["data_sha256"],
     }
     wanted = made | {"config": config.name}
+    if config.teacher and (teacher := teacher_weights(config.teacher)).exists():
+        made["teacher"] = environment.get("teacher_weights_sha256")
+        wanted["teacher"] = hashlib.sha256(teacher.read_bytes()).hexdigest()
     if device is not None:
         wanted["device"] = str(device).partition(":")[0]
     if precision is not None:
@@ -271,12 +290,20 @@ def _check_as_asked_for(
         wanted["data"] = part_of(fashion_mnist.load_folder(data), config).sha256
     elif config.limit is None and not config.validation:
         wanted["data"] = fashion_mnist.SHA256
+    else:
+        wanted["data"] = _sha256_of_part(config.limit, config.validation)
     others = [name for name in made if made[name] != wanted[name]]
     if others:
         raise RecordError(
             f"{path} is a record of another {' and '.join(others)} than asked for: give another folder for the "
             "results, or take the record away."
         )
+
+
+@functools.cache
+def _sha256_of_part(limit: int | None, validation: bool) -> dict[str, str]:
+    """Of that part of Fashion-MNIST."""
+    return part_of(fashion_mnist.load(), Config(limit=limit, validation=validation)).sha256
 
 
 # The command line
@@ -335,12 +362,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pair(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("x"))
+def _pair(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise argparse.ArgumentTypeError(f"one size or two, like 4 or 4x4, not {text!r}")
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
 
 
 def _yes_or_no(text: str) -> bool:
-    return {"yes": True, "no": False}[text]
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
+    return text == "yes"
 
 
 def _words(values: Iterable[float]) -> str:

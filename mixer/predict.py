@@ -6,6 +6,7 @@ classify("shoe.jpg")            class -> probability, the likeliest first
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from mixer.grid import RESULTS
 from mixer.model import MlpMixer, count_patches
 
 WEIGHTS = RESULTS / "best.safetensors"
-_FASHION_MNIST = {"image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
+_FASHION_MNIST = {"data": "Fashion-MNIST", "image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
 _WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
 
 
@@ -27,41 +28,52 @@ def classify(picture: Path | str | Image.Image | np.ndarray, weights: Path | str
     """Class -> probability, the likeliest first.
 
     picture: a file, a PIL image or an array (H, W) or (H, W, colours); of any size, see :func:`prepare`.
-    weights: a safetensors file of an ``MlpMixer`` of any sizes.
+    weights: a safetensors file of an ``MlpMixer`` of any sizes. Where it was trained on another data set than
+    Fashion-MNIST, classes are numbers.
 
     Raises ValueError, which says in one sentence what is wrong with either.
     """
     with torch.inference_mode(), fused.threads_for_the_operator():
-        model, size, statistics = _load(weights)
-        image = torch.from_numpy(prepare(picture, size))
-        probabilities = model(normalise(image[None], **statistics)).softmax(dim=1)[0].numpy()
-    names = CLASSES if model.num_classes == len(CLASSES) else range(model.num_classes)
+        model, origin = load_with_origin(weights)
+        of_clothing = origin["data"].startswith("Fashion-MNIST")
+        image = torch.from_numpy(prepare(picture, origin["image"], invert=of_clothing))
+        inputs = normalise(image[None], origin["pixel_mean"], origin["pixel_std"])
+        probabilities = model(inputs).softmax(dim=1)[0].numpy()
+    names = CLASSES if of_clothing and model.num_classes == len(CLASSES) else range(model.num_classes)
     return pd.Series(probabilities, index=names, name="probability").sort_values(ascending=False, kind="stable")
 
 
-def prepare(picture: Path | str | Image.Image | np.ndarray, size: tuple[int, int] = (28, 28)) -> np.ndarray:
-    """A picture as the data set has them: grey, bright on dark, centred in a square, (H, W) uint8 of ``size``.
+def prepare(
+    picture: Path | str | Image.Image | np.ndarray, size: tuple[int, int] = (28, 28), invert: bool = True
+) -> np.ndarray:
+    """A picture as the data set has them: grey, bright on dark, centred in a frame, (H, W) uint8 of ``size``.
 
-    What is transparent becomes white. A picture whose border is bright, by its median, is taken to be dark on light
-    and inverted. A picture that is as the data set's already comes out as it went in. Raises ValueError.
+    What is transparent becomes white. With ``invert`` a picture whose border is bright, by its median, is taken to be
+    dark on light and inverted; not every data set is bright on dark. A picture that is as the data set's already comes
+    out as it went in. Raises ValueError.
     """
     grey = _grey(_array(picture) if isinstance(picture, np.ndarray) else _open(picture))
     border = np.median(np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]]))
-    if border > 127:
+    if invert and border > 127:
         grey, border = 255 - grey, 255 - border
     height, width = grey.shape
-    square = Image.new("L", (max(height, width),) * 2, int(border))
-    square.paste(Image.fromarray(grey), ((square.width - width) // 2, (square.height - height) // 2))
-    return np.array(square.resize(size[::-1], Image.Resampling.LANCZOS))
+    scale = max(height / size[0], width / size[1])
+    frame = Image.new("L", (max(width, round(scale * size[1])), max(height, round(scale * size[0]))), int(border))
+    frame.paste(Image.fromarray(grey), ((frame.width - width) // 2, (frame.height - height) // 2))
+    return np.array(frame.resize(size[::-1], Image.Resampling.LANCZOS))
 
 
 def load_model(weights: Path | str = WEIGHTS) -> MlpMixer:
     """The trained model, ready to predict, with the sizes that the file's tensors have. Raises ValueError."""
-    return _load(weights)[0]
+    return load_with_origin(weights)[0]
 
 
-def _load(weights: Path | str) -> tuple[MlpMixer, tuple[int, int], dict[str, float]]:
-    """The model, and of the images that it was trained on: height and width, pixels' mean and standard deviation."""
+def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
+    """The model, and what the file says of its training.
+
+    Of that, what a prediction needs is always there: of the images their data set's name (data), height and width
+    (image), and pixels' mean and standard deviation (pixel_mean, pixel_std). Raises ValueError.
+    """
     try:
         with safe_open(weights, "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
@@ -79,14 +91,16 @@ def _load(weights: Path | str) -> tuple[MlpMixer, tuple[int, int], dict[str, flo
             **{name: value for name, value in origin.get("config", {}).items() if name in _WITHOUT_TRACE},
         )
         model.load_state_dict(state)
-        image, mean, std = tuple(origin["image"]), float(origin["pixel_mean"]), float(origin["pixel_std"])
-        if count_patches(image, model.patch_size) != patches or not std > 0:
+        origin |= {"data": str(origin["data"]), "image": tuple(origin["image"])}
+        origin |= {name: float(origin[name]) for name in ("pixel_mean", "pixel_std")}
+        fits = count_patches(origin["image"], model.patch_size) == patches and origin["pixel_std"] > 0
+        if not (fits and all(weight.isfinite().all() for weight in state.values())):
             raise ValueError
     except FileNotFoundError:
         raise ValueError(f"There are no weights in {weights}: train a run, or give another file.") from None
     except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError):
         raise ValueError(f"{weights} does not hold the weights of an MlpMixer: give another file.") from None
-    return model.eval(), image, {"mean": mean, "std": std}
+    return model.eval(), origin
 
 
 def _open(picture: Path | str | Image.Image) -> Image.Image:

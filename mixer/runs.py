@@ -26,9 +26,10 @@ from mixer import fused
 from mixer.config import Config
 from mixer.data import Data
 from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, seal, unseal, write_whole
+from mixer.teacher import Teacher
 from mixer.train import Diverged, Network, Training, find_device, find_precision, part_of
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 log = getLogger("mixer")
 
@@ -53,7 +54,7 @@ def train(
     data: Fashion-MNIST when not given; of any, what ``config`` says (``limit``, ``validation``).
     checkpoint: a file that is written after every epoch, and from which a run that was cut off goes on.
     weights: a safetensors file for the weights of the epoch with the best test accuracy; those of the last epoch are
-    put beside it, as ``last_weights`` says.
+    put beside it, as ``last_weights`` says, where no loss diverged.
     on_epoch: called after every epoch with its row of the history, and the model, in evaluation mode.
     progress, position: a progress bar, and its line where several runs share a terminal.
 
@@ -103,12 +104,11 @@ def train(
             "config": dataclasses.asdict(config),
             "history": run.history,
             "diverged": run.diverged,
-            "environment": run.environment,
+            "environment": run.environment | ({"earlier": run.earlier} if run.earlier else {}),
         }
-    if weights is not None and run.best_weights is not None:
+    if weights is not None:
         try:
-            write_whole(weights, _safetensors(run, run.best_weights, best_epoch(record)["epoch"]))
-            write_whole(last_weights(weights), _safetensors(run, run.training.tested.state_dict(), len(run.history)))
+            _keep_weights(run, weights)
         except OSError as error:
             if checkpoint is not None:  # the same call goes on from it to here
                 raise
@@ -140,6 +140,7 @@ class _Run:
         self.history: list[dict[str, float]] = []
         self.diverged: dict[str, int] | None = None
         self.best_weights: dict[str, Tensor] | None = None
+        self.earlier: list[dict[str, Any]] = []  # environments in which the run was cut off, and after how many epochs
 
     @property
     def finished(self) -> bool:
@@ -177,6 +178,7 @@ class _Run:
             "history": self.history,
             "diverged": self.diverged,
             "best_weights": self.best_weights,
+            "environments": json.dumps([*self.earlier, self.environment]),
         }
         content = io.BytesIO()
         torch.save(state, content)
@@ -209,6 +211,9 @@ class _Run:
         self.training.load_state_dict(state["training"])
         self.history, self.diverged = state["history"], state["diverged"]
         self.best_weights = state["best_weights"] and {k: w.cpu() for k, w in state["best_weights"].items()}
+        *self.earlier, last = json.loads(state["environments"])
+        if last != self.environment:
+            self.earlier.append({"epochs": len(self.history)} | last)
 
 
 def _before(checkpoint: Path) -> Path:
@@ -220,11 +225,30 @@ def last_weights(weights: Path) -> Path:
     return weights.with_suffix(f".last{weights.suffix}")
 
 
-def _safetensors(run: _Run, weights: dict[str, Tensor], epoch: float) -> bytes:
+def _keep_weights(run: _Run, weights: Path) -> None:
+    """Those of the best epoch and of the last. Raises OSError.
+
+    A run that diverged has no last ones, and without a whole epoch no best ones: then another training's do not stay.
+    """
+    best = last = None
+    if run.history:
+        best = _safetensors(run, run.best_weights, best_epoch({"history": run.history}))
+    if run.diverged is None:
+        last = _safetensors(run, run.training.tested.state_dict(), run.history[-1])
+    for path, content in ((weights, best), (last_weights(weights), last)):
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_whole(path, content)
+
+
+def _safetensors(run: _Run, weights: dict[str, Tensor], epoch: dict[str, float]) -> bytes:
     config, data = run.training.config, run.training.data
     origin = {
         "name": config.name,
-        "epoch": int(epoch),
+        "epoch": epoch["epoch"],
+        "measured": {name: value for name, value in epoch.items() if name != "seconds"},
+        "data": data.name,
         "config": dataclasses.asdict(config),
         "image": list(data.train_images.shape[1:]),
         "data_sha256": data.sha256,
@@ -237,14 +261,23 @@ def _safetensors(run: _Run, weights: dict[str, Tensor], epoch: float) -> bytes:
 
 
 def _environment(training: Training) -> dict[str, Any]:
-    return environment(training.device, training.precision) | {
-        "path": fused.path(training.model.blocks, training.device, training.precision),
-        "data": training.data.name,
-        "data_sha256": training.data.sha256,
-        "pixel_mean": training.data.pixel_mean,
-        "pixel_std": training.data.pixel_std,
-        **({} if training.teacher is None else {"teacher_sha256": training.teacher.sha256}),
-    }
+    return (
+        environment(training.device, training.precision)
+        | {
+            "path": fused.path(training.model.blocks, training.device, training.precision),
+            "data": training.data.name,
+            "data_sha256": training.data.sha256,
+            "pixel_mean": training.data.pixel_mean,
+            "pixel_std": training.data.pixel_std,
+        }
+        | _teacher(training.teacher)
+    )
+
+
+def _teacher(teacher: Teacher | None) -> dict[str, str]:
+    if teacher is None:
+        return {}
+    return {"teacher_sha256": teacher.sha256, "teacher_weights_sha256": teacher.weights_sha256}
 
 
 _forked = False

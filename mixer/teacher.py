@@ -22,22 +22,27 @@ from tqdm import tqdm
 from mixer.data import Data, normalise, view
 from mixer.fetch import data_folder
 from mixer.peers import ConvNet
-from mixer.records import seal, unseal, write_whole
+from mixer.records import check_writable, seal, unseal, write_whole
 
 WEIGHTS = Path(__file__).parent.parent / "results" / "teachers"
+
+
+def weights_of(name: str) -> Path:
+    """Where the weights of the teacher of this name lie, if there is one."""
+    return WEIGHTS / f"{name}.safetensors"
 
 
 class Teacher:
     """The logits (views, N, num_classes) of a trained ConvNet for the training images, float16.
 
-    name: of its weights, ``results/teachers/<name>.safetensors``. flip, shift: which views there are, in the order of
-    ``data.view``. Computed once, which takes minutes, and kept in the data folder.
+    name: of its weights, see :func:`weights_of`. flip, shift: which views there are, in the order of ``data.view``.
+    Computed once, which takes minutes, and kept in the data folder.
 
-    Raises ValueError where there is none, or one that was trained on other images than ``data``'s.
+    Raises ValueError where there is none, or one that was trained on other images than ``data``'s; OSError.
     """
 
     def __init__(self, name: str, data: Data, flip: bool, shift: int, device: torch.device, precision: str):
-        path = WEIGHTS / f"{name}.safetensors"
+        path = weights_of(name)
         try:
             weights = path.read_bytes()
         except OSError as error:
@@ -46,7 +51,7 @@ class Teacher:
         decisive = [weights, repr((views, shift, precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()]
         kept = data_folder() / "teachers" / f"{name}-{hashlib.sha256(b''.join(decisive)).hexdigest()[:16]}.bin"
         shape = views, len(data.train_images), data.num_classes
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(kept)
         with FileLock(kept.with_suffix(".lock")):  # students that begin side by side let one of them do it
             try:
                 content = unseal(kept.read_bytes())
@@ -54,7 +59,8 @@ class Teacher:
                 model = _conv_net(path, weights, data)
                 content = _logits(model, data, views, shift, precision).numpy().tobytes()
                 write_whole(kept, seal(content))
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.weights_sha256 = hashlib.sha256(weights).hexdigest()
+        self.sha256 = hashlib.sha256(content).hexdigest()  # of the logits, which may differ from machine to machine
         self.logits = torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(device)
 
     def loss(self, logits: Tensor, images: Tensor, views: Tensor, temperature: float) -> Tensor:

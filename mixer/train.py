@@ -217,7 +217,8 @@ def predict(
     model.eval()
     for batch in images.split(EVAL_BATCH):
         with torch.inference_mode(), autocast(images.device, precision):
-            yield model(normalise(batch, **statistics))
+            logits = model(normalise(batch, **statistics))
+        yield logits  # out here, since what a generator is in the midst of holds for its caller too
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -68,5 +68,9 @@ def test_a_set_that_has_not_learned_is_neither_pooled_nor_tested():
     pairs = {"one − two": ("one", "two"), "one − lost": ("one", "lost")}
     table = compare(accuracy, pairs)
     assert table.loc["one − lost"].isna().all() and list(table.index) == list(pairs)
+    nothing = compare(accuracy, {"lost − one": ("lost", "one")})
+    assert nothing.isna().all(axis=None) and list(nothing.columns) == list(table.columns)
+    hopeless = compare(made(one=[10.0, 11.0], two=[9.0, 10.0]), {"one − two": ("one", "two")})
+    assert hopeless.isna().all(axis=None) and len(hopeless) == 1
     alone = compare(accuracy.drop("lost", level="set"), {"one − two": ("one", "two")})
     pd.testing.assert_series_equal(table.loc["one − two"], alone.loc["one − two"])

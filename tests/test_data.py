@@ -99,7 +99,7 @@ def test_the_same_on_the_gpu():
 
 
 def test_limit(data):
-    few = module.load(limit=7)
+    few = data.first(7)
     assert torch.equal(few.train_images, data.train_images[:7]) and len(few.test_labels) == 10_000
     assert few.name == "Fashion-MNIST, first 7" and few.pixel_mean == module.PIXEL_MEAN
     assert data.first(60_000) is data

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -76,10 +78,26 @@ def test_the_file_has_the_runs_without_dropout_and_keeps_those_whose_weights_are
     }
     assert len(written) == 3 and written.to_dict() == pytest.approx(expected, rel=1e-3)
 
+    scaled = replace(one, inputs="scaled")
+    _, lighter = train(
+        scaled, data=few, weights=weights_path(scaled, tmp_path), progress=False, return_model=True, device="cpu"
+    )
+    measure(tmp_path, few)  # with the inputs that each was trained on
+    own = gradient_norms(lighter, replace(few, pixel_mean=0.0, pixel_std=1.0))
+    table = pd.read_csv(tmp_path / "gradients.csv").set_index(["run", "block"])["norm"]
+    assert table[scaled.name].tolist() == pytest.approx(own, rel=1e-3)
+    weights_path(scaled, tmp_path).unlink()
+    (tmp_path / "gradients.csv").write_bytes(content)
+
     weights_path(two, tmp_path).unlink()
     measure(tmp_path, few)
     assert (tmp_path / "gradients.csv").read_bytes() == content
     weights_path(one, tmp_path).write_bytes(weights_path(dropped, tmp_path).read_bytes())
     measure(tmp_path, few)
+    for wrong in ("", "a,b\n1,2\n", "run,block,norm\n1,2,3,4,5\n"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / "gradients.csv").write_text(wrong)
+        with pytest.raises(ValueError, match=r"gradients\.csv is no table of gradients .*: take it away"):
+            measure(tmp_path / "other", few)
     again = pd.read_csv(tmp_path / "gradients.csv").set_index(["run", "block"])["norm"]
     assert again[one.name, 1] != written[one.name, 1] and again[two.name].equals(written[two.name])

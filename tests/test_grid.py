@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import first_images
+import safetensors.torch
 
 from mixer import data as fashion_mnist
 from mixer import grid as grid_function
-from mixer import run_grid
+from mixer import run_grid, teacher
 from mixer.config import Config
 from mixer.grid import (
     GridError,
@@ -32,7 +32,7 @@ from mixer.grid import (
     weights_path,
 )
 from mixer.records import RecordError, best_epoch, read_record
-from mixer.runs import train
+from mixer.runs import last_weights, train
 from mixer.workers import WorkerError, Workers
 
 module = sys.modules["mixer.grid"]  # the package's `grid` is the function
@@ -56,7 +56,10 @@ def quick(few, monkeypatch):
 
     monkeypatch.setattr(module, "train", quick_train)
     monkeypatch.setattr(fashion_mnist, "SHA256", few.sha256)
-    return trained
+    monkeypatch.setattr(fashion_mnist, "load", lambda: few)
+    module._sha256_of_part.cache_clear()
+    yield trained
+    module._sha256_of_part.cache_clear()
 
 
 def run(configs, results, **options):
@@ -80,6 +83,9 @@ def test_any_field_can_be_varied():
     }
     with pytest.raises(TypeError, match="num_blokcs"):
         grid(num_blokcs=3)
+    for one, several in {"lr": "lrs", "dropout_p": "dropouts", "batch_size": "batch_sizes", "seed": "seeds"}.items():
+        with pytest.raises(TypeError, match=f"takes {several}, a list of values, in place of {one}"):
+            grid(recipe="modern", **{one: 0.5})
 
 
 def test_runs_are_trained_once_and_read_ever_after(quick, tmp_path):
@@ -117,6 +123,36 @@ def test_a_run_that_diverges_leaves_a_record(quick, tmp_path):
 
 
 # ---------------------------------------------------------------- a record that is not the one asked for
+
+
+@pytest.mark.parametrize("part", [{"limit": 60}, {"validation": True}, {}], ids=str)
+def test_a_record_of_another_data_set_is_not_taken_for_fashion_mnists(quick, few, tmp_path, monkeypatch, part):
+    mirrored = dataclasses.replace(few, train_images=few.train_images.flip(2), test_images=few.test_images.flip(2))
+    monkeypatch.setattr(fashion_mnist, "load_folder", lambda folder: mirrored)
+    config = Config(num_epochs=1, batch_size=64, num_blocks=1, **part)
+    monkeypatch.setattr(module, "train", functools.partial(train))
+    (record,) = run([config], tmp_path, data="mirrored")
+    assert run([config], tmp_path, data="mirrored") == [record]
+    with pytest.raises(GridError, match="a record of another data than asked for"):
+        run([config], tmp_path)
+
+
+def test_a_students_record_is_not_that_of_another_teacher(quick, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(teacher, "data_folder", lambda: tmp_path)
+    little = {"batch_size": 100, "num_epochs": 1}
+    student = Config(teacher="little", num_blocks=1, patches_mlp_dim=16, channels_mlp_dim=16, **little)
+    for seed in (0, 1):
+        taught = Config(network="conv", seed=seed, **little)
+        run([taught], tmp_path / "teachers")
+        last_weights(weights_path(taught, tmp_path / "teachers")).rename(tmp_path / "little.safetensors")
+        if seed == 0:
+            records = run([student], tmp_path / "students")
+            assert run([student], tmp_path / "students") == records
+    with pytest.raises(GridError, match="a record of another teacher than asked for"):
+        run([student], tmp_path / "students")
+    (tmp_path / "little.safetensors").unlink()  # as for those who have the records alone
+    assert run([student], tmp_path / "students") == records
 
 
 def test_a_foreign_record_fails_its_run_only_and_is_kept(quick, tmp_path):
@@ -197,7 +233,7 @@ def counted_grid(configs, results) -> None:
 def counted_train(config, *, results, **options):
     with (results / "trained").open("a") as file:
         file.write(f"{config.name}\n")
-    return train(config, **options | {"data": first_images(fashion_mnist.load(), 64, 100)})
+    return train(config, **options)
 
 
 def test_a_killed_worker_costs_its_run_and_no_other():
@@ -283,7 +319,9 @@ def test_help_reads_well_and_wrong_values_are_one_sentence(tmp_path, capsys):
     for arguments, sentence in (
         (["--dropout", "1.5"], "dropout_p is 1.5, but it has to be"),
         (["--jobs", "0"], "jobs is 0"),
-        (["--patch-size", "4x"], "--patch-size: invalid"),
+        (["--patch-size", "4x"], "--patch-size: one size or two, like 4 or 4x4, not '4x'"),
+        (["--patch-size", "4,4"], "not '4,4'"),
+        (["--flip", "true"], "--flip: yes or no, not 'true'"),
         (["--device", "abacus"], "there is no device 'abacus' here"),
         (["--data", str(tmp_path / "nowhere")], "nowhere"),
     ):
@@ -374,6 +412,12 @@ def test_the_best_runs_weights_are_published_also_by_two_at_once(quick, tmp_path
     published = tmp_path / "best.safetensors"
     assert published.read_bytes() == best_weights
     assert best_epoch(best(records))["test_accuracy"] == max(best_epoch(r)["test_accuracy"] for r in records)
+    published.write_bytes(b"not to be written again" + best_weights)
+    for other in ({"test_accuracy": 0.123}, None):  # another training's, and those of a version that did not say
+        spoil(weights_path(Config(**best(records)["config"]), tmp_path), other)
+        run(grid(num_epochs=1), tmp_path)
+        assert published.read_bytes().startswith(b"not")
+    weights_path(Config(**best(records)["config"]), tmp_path).write_bytes(best_weights)
     published.unlink()
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=publish_often, args=(tmp_path,)) for _ in range(2)]
@@ -382,6 +426,16 @@ def test_the_best_runs_weights_are_published_also_by_two_at_once(quick, tmp_path
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0] and published.read_bytes() == best_weights
+
+
+def spoil(weights: Path, measured: dict | None) -> None:
+    """Let the file say that its epoch came to something else."""
+    with safetensors.safe_open(weights, "pt") as file:
+        origin = json.loads(file.metadata()["mixer"])
+    origin = {name: value for name, value in origin.items() if name != "measured"}
+    origin |= {} if measured is None else {"measured": measured}
+    tensors = safetensors.torch.load(weights.read_bytes())
+    weights.write_bytes(safetensors.torch.save(tensors, {"mixer": json.dumps(origin)}))
 
 
 def publish_often(results) -> None:

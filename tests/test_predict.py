@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mixer.config import Config
-from mixer.data import CLASSES, normalise
+from mixer.data import CLASSES, Data, normalise
 from mixer.model import MlpMixer
 from mixer.peers import ConvNet, PlainMlp
 from mixer.predict import WEIGHTS, classify, load_model, prepare
@@ -99,7 +99,7 @@ def test_a_model_of_other_sizes_is_read_by_its_file(tmp_path):
     sizes = {"num_blocks": 2, "patch_size": (8, 8), "num_channels": 5, "patches_mlp_dim": 7, "skip_connections": False}
     model = MlpMixer(num_classes=3, num_patches=16, **sizes)
     torch.nn.init.normal_(model.head.weight)
-    origin = {"config": sizes, "image": [32, 32], "pixel_mean": 0.2, "pixel_std": 0.4}
+    origin = {"config": sizes, "image": [32, 32], "pixel_mean": 0.2, "pixel_std": 0.4, "data": "icons"}
     save_file(model.state_dict(), tmp_path / "own.safetensors", {"mixer": json.dumps(origin)})
     loaded = load_model(tmp_path / "own.safetensors")
     images = torch.randn(2, 1, 32, 32)
@@ -108,6 +108,35 @@ def test_a_model_of_other_sizes_is_read_by_its_file(tmp_path):
     inputs = normalise(torch.from_numpy(prepare(picture, (32, 32)))[None], 0.2, 0.4)
     assert np.allclose(probabilities, model(inputs).softmax(dim=1)[0].detach(), atol=1e-6)
     assert list(probabilities.index) == [0, 1, 2]
+
+
+def test_another_data_set_has_other_classes_backgrounds_and_shapes(tmp_path, few):
+    images = few.train_images[:, :, :20]
+    own = Data(255 - images, few.train_labels, 255 - images[:50], few.train_labels[:50], name="labels on white")
+    sizes = {"num_blocks": 1, "patches_mlp_dim": 16, "channels_mlp_dim": 16}
+    options = {"weights": tmp_path / "own.safetensors", "device": "cpu", "precision": "float32", "progress": False}
+    _, model = train(Config(num_epochs=1, batch_size=50, **sizes), data=own, return_model=True, **options)
+    picture = own.test_images[0].numpy()
+    probabilities = classify(picture, tmp_path / "own.safetensors").sort_index()
+    inputs = normalise(own.test_images[:1], own.pixel_mean, own.pixel_std)
+    assert list(probabilities.index) == list(range(10))
+    assert np.allclose(probabilities, model(inputs).softmax(dim=1)[0].detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(28, 20), (20, 28), (28, 28), (1, 3)])
+def test_a_picture_of_any_data_sets_size_comes_out_as_it_went_in(size):
+    picture = np.random.default_rng(0).integers(0, 100, size, np.uint8)
+    assert np.array_equal(prepare(picture, size), picture)
+    assert np.array_equal(prepare(255 - picture, size, invert=False), 255 - picture)
+    assert np.array_equal(prepare(np.kron(picture, np.ones((3, 3), np.uint8)), size).shape, size)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    state = MlpMixer(num_blocks=1).state_dict()
+    state["head.weight"][0, 0] = torch.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    with pytest.raises(ValueError, match="does not hold the weights of an MlpMixer"):
+        classify(np.eye(28), tmp_path / "nan.safetensors")
 
 
 def test_averaged_weights_of_the_last_epoch_are_weights_like_any_other(few, tmp_path):

@@ -24,13 +24,13 @@ import torch
 from conftest import first_images
 
 from mixer import data as fashion_mnist
-from mixer import fused
+from mixer import fused, runs
 from mixer.config import Config
 from mixer.data import Data
 from mixer.model import MlpMixer
 from mixer.predict import load_model
 from mixer.records import best_epoch
-from mixer.runs import Interrupted, _Run, train
+from mixer.runs import Interrupted, _Run, last_weights, train
 from mixer.train import Training, find_precision, predict
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +271,18 @@ def test_the_weights_are_those_of_the_best_epoch_and_the_same_bytes_every_time(f
     assert torch.equal(load_model(tmp_path / "one.safetensors").head.weight, model.head.weight)
 
 
+def test_a_run_that_diverges_leaves_no_weights_of_its_last_step_and_none_of_another_training(few, tmp_path):
+    weights, wild = tmp_path / "run.safetensors", replace(SHORT, lr=10.0, optimiser="sgd")
+    run(few, weights=weights)
+    record = run(few, wild, weights=weights)
+    assert record["diverged"] and record["history"]
+    best = safetensors.torch.load(weights.read_bytes())
+    assert all(weight.isfinite().all() for weight in best.values()) and not last_weights(weights).exists()
+    run(few, weights=weights)
+    assert not run(few, replace(wild, lr=1e30), weights=weights)["history"]
+    assert not weights.exists() and not last_weights(weights).exists()
+
+
 def test_what_a_callback_does_to_the_model_between_epochs_draws_nothing_of_the_run(few, uninterrupted):
     def meddle(epoch, model):
         epoch.clear()
@@ -409,6 +421,16 @@ def test_a_callback_that_fails_leaves_the_checkpoint(few, tmp_path, uninterrupte
 def test_a_checkpoint_is_used(few, cut_off, uninterrupted, caplog, trained_epochs):
     assert timeless(run(few, checkpoint=cut_off)) == timeless(uninterrupted)
     assert trained_epochs == [3] and not caplog.records
+
+
+def test_a_record_says_where_its_first_epochs_were_trained(few, cut_off, uninterrupted, monkeypatch):
+    here = runs._environment
+    monkeypatch.setattr(runs, "_environment", lambda training: here(training) | {"system": "another machine"})
+    record = run(few, checkpoint=cut_off)
+    earlier = record["environment"].pop("earlier")
+    assert earlier == [{"epochs": 2} | uninterrupted["environment"]]
+    assert record["environment"] == uninterrupted["environment"] | {"system": "another machine"}
+    assert timeless(record)["history"] == timeless(uninterrupted)["history"]
 
 
 DAMAGE = {

@@ -9,6 +9,7 @@ from conftest import first_images
 
 from mixer import fused
 from mixer.config import Config
+from mixer.model import MlpMixer
 from mixer.train import Diverged, Training, find_device, find_precision, part_of, predict
 
 CPU = torch.device("cpu")
@@ -34,6 +35,12 @@ def test_losses_and_accuracies_are_those_of_the_model(few):
     loss = torch.nn.functional.cross_entropy(logits, few.test_labels)
     assert float(loss) == pytest.approx(epoch["test_loss"], rel=1e-5)
     assert float((logits.argmax(dim=1) == few.test_labels).double().mean()) == epoch["test_accuracy"]
+
+
+def test_predictions_half_taken_leave_the_callers_modes_alone(few):
+    logits = predict(MlpMixer(num_blocks=1), few.test_images.repeat(20, 1, 1), "bfloat16")
+    next(logits)
+    assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 @pytest.mark.skipif(find_precision(CPU) != "bfloat16", reason="no bfloat16 here")
