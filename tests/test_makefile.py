@@ -70,11 +70,11 @@ def test_make_questions():
     sets = cells("questions", "sets")
     wanted = {
         (RESULTS / "questions", config)
-        for question in ("depths", "sizes", "left_out")
+        for question in ("depths", "sizes", "left_out", "likeliest")
         for configs in sets[question].values()
         for config in configs
     }
-    begun = {(RESULTS / "questions", config) for config in longer(8) | longer(10)}
+    begun = {(RESULTS / "questions", config) for config in longer(8) | longer(10) | longer(60)}
     assert len(wanted) > 80 and wanted - begun <= trained("questions") <= wanted
 
 
