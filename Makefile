@@ -28,15 +28,18 @@ APT = if [ "$$(id -u)" = 0 ]; then apt=apt-get; elif sudo -n true 2>/dev/null; t
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12, for instance."; exit 1; }
+	@[ ! -e .venv ] || $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo ".venv is broken or of an older Python: run make clean, then make again."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || ($(APT) python3-venv) >/dev/null 2>&1 || \
 		{ echo "Python's venv is missing: sudo apt install python3-venv, then run make again."; exit 1; }
 	@echo "Installing PyTorch, Jupyter and what they need into .venv: some minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 .venv/installed-dev: requirements-dev.txt .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $<
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 data: .venv/installed
@@ -116,11 +119,11 @@ speedrun: .venv/installed-dev
 # tables of README.md.
 build/%.ipynb: notebooks/%.ipynb $(CODE) $(RESULTS) .venv/installed
 	@$(BIN)/python -m mixer.data
-	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --output-dir build $<
+	$(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --output-dir build $<
 
 notebook: .venv/installed
 	@$(BIN)/python -m mixer.data
-	$(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	$(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 
 build/report: $(EXECUTED) $(wildcard report/*.tex report/*.bib)
@@ -128,6 +131,7 @@ build/report: $(EXECUTED) $(wildcard report/*.tex report/*.bib)
 		($(APT) latexmk texlive-latex-recommended texlive-fonts-recommended lmodern) >/dev/null 2>&1 || \
 		{ echo "All is made but the PDF, which needs LaTeX: sudo apt install latexmk texlive-latex-recommended" \
 		"texlive-fonts-recommended lmodern, then run make again."; exit 1; }
+	@rm -f report/report.aux report/report.bbl report/report.out report/report.fdb_latexmk  # cut short where it was stopped
 	cd report && SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -pdf -interaction=nonstopmode -halt-on-error -silent report
 	@touch $@
 	@echo "The report is report/report.pdf; the notebooks as run here are in build/."

@@ -1,7 +1,7 @@
 """Fashion-MNIST's four files, wherever they can be had.
 
 They are looked for in this order:
-  1. the data folder (``MIXER_DATA``, else ``data/``), in torchvision's layout ``FashionMNIST/raw/``;
+  1. the data folder (``MIXER_DATA``, else ``data/``), in torchvision's layout ``FashionMNIST/raw/``, also packed;
   2. Debian's and Ubuntu's package ``dataset-fashion-mnist``, where it is installed;
   3. the internet, where torchvision downloads it from;
   4. that package again, fetched with ``apt-get download`` and unpacked without being installed.
@@ -34,6 +34,7 @@ SHA256 = {  # of the IDX files as uncompressed, in the order of Data's tensors
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 
+PROJECT = Path(__file__).parent.parent
 NEEDED_BYTES = 200_000_000  # for the data set, packed and unpacked, while it is being fetched
 REPLY_TIMEOUT = 20.0  # seconds without a byte
 APT_TIMEOUT = 180.0  # seconds for one command
@@ -47,8 +48,9 @@ class DataError(RuntimeError):
 
 
 def data_folder() -> Path:
-    """``MIXER_DATA``, else ``data/`` at the top of the project. Raises DataError."""
-    return absolute(os.environ.get("MIXER_DATA") or Path(__file__).parent.parent / "data")
+    """``MIXER_DATA``, else ``data``, seen from the top of the project. Raises DataError."""
+    place = os.environ.get("MIXER_DATA") or "data"
+    return absolute(place if place.startswith("~") else PROJECT / place)  # one for make and for notebooks below it
 
 
 def prepare() -> Path:
@@ -101,6 +103,7 @@ def _fetch(raw: Path) -> None:
 
 def _from_first_source(incoming: Path, names: list[str]) -> None:
     sources = {
+        str(incoming.parent): incoming.parent.absolute().as_uri(),
         str(DEBIAN_FOLDER): DEBIAN_FOLDER.absolute().as_uri(),
         **{f"torchvision's mirror {urlsplit(url).netloc}": url.rstrip("/") for url in FashionMNIST.mirrors},
         "apt-get download": None,
@@ -120,7 +123,8 @@ def _from_first_source(incoming: Path, names: list[str]) -> None:
             reasons.append(f"{source}: {reason}")
     raise DataError(
         f"Fashion-MNIST could not be found ({'; '.join(reasons)}): connect to the internet, or install the "
-        f"package {DEBIAN_PACKAGE}, or put its four files into {incoming.parent}, then run `make data`."
+        f"package {DEBIAN_PACKAGE}, or put its four files, as they are or as .gz, into {incoming.parent}, then run "
+        "`make data`."
     )
 
 

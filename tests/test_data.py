@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -333,6 +334,13 @@ def test_the_installed_package_comes_first(raw, package, monkeypatch):
     assert complete(raw)
 
 
+def test_what_lies_packed_in_the_folder_is_taken(raw, package):
+    shutil.copytree(package, raw)
+    fetch.prepare()
+    assert {name: (raw / name).exists() for name in NAMES} == dict.fromkeys(NAMES, True)
+    assert load_folder(raw).sha256 == fetch.SHA256
+
+
 def test_a_damaged_package_is_passed_over(raw, package, monkeypatch):
     path = package / f"{NAMES[2]}.gz"
     path.write_bytes(path.read_bytes()[:-20])
@@ -368,6 +376,7 @@ def test_apt(raw, package, tmp_path, monkeypatch, system):
     programs, sentence = APT[system]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MIXER_DATA", "data")  # apt runs in another folder
+    monkeypatch.setattr(fetch, "PROJECT", tmp_path)
     (tmp_path / "bin").mkdir()
     for name, script in programs.items():
         path = tmp_path / "bin" / name
@@ -450,7 +459,7 @@ def test_the_data_folder_may_be_anywhere(package, tmp_path, monkeypatch, place):
     for name in ("home", "elsewhere"):
         (tmp_path / name).mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fetch, "PROJECT", tmp_path)  # wherever Python was started
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MIXER_DATA", place)
     monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)

@@ -201,9 +201,15 @@ def test_what_a_committed_notebook_shows_can_be_read_by_everybody(path):
         assert "image/png" not in data or len(output.metadata["image/png"]["alt"]) > 20
 
 
-def run(parameters: str, start: Path, without: set[str] = frozenset(), last: str | None = None) -> None:
-    """Run experiments.ipynb as papermill does: with a cell of parameters after that which is tagged so."""
-    book = notebook(PROJECT / "notebooks" / "experiments.ipynb")
+def run(
+    parameters: str,
+    start: Path,
+    without: set[str] = frozenset(),
+    last: str | None = None,
+    name: str = "experiments",
+) -> None:
+    """Run a notebook as papermill does: with a cell of parameters after that which is tagged so."""
+    book = notebook(PROJECT / "notebooks" / f"{name}.ipynb")
     (place,) = [i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", [])]
     book.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
     end = next((i for i, cell in enumerate(book.cells, start=1) if cell.id == last), None)
@@ -232,6 +238,8 @@ def test_the_notebook_works_for_another_grid_in_another_folder(tmp_path, pages_u
 
 def test_a_part_of_the_projects_records_does_not_get_onto_its_pages(pages_untouched):
     run("dropouts, seeds = [0.1], [0]", PROJECT, without={"live", "live-facts"})
+    run("seeds = [1]", PROJECT, name="questions")
+    run("seeds, fewer_seeds = [1], [1]", PROJECT, name="recipe")
 
 
 @pytest.mark.parametrize("exists", [False, True])
