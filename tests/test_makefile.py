@@ -50,7 +50,7 @@ def cells(notebook: str, *names: str) -> dict[str, object]:
 
 def longer(num_epochs: int) -> set[Config]:
     """The first epochs of runs of the coursework's grid, which go on."""
-    return set(make_grid(seeds=[0, 1], num_epochs=num_epochs))
+    return set(make_grid(seeds=[0, 1, 2], num_epochs=num_epochs))
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
