@@ -31,7 +31,7 @@ class Dropout(nn.Module):
 
     def seeds(self, *shape: int) -> Tensor:
         """The seeds of the next calls, int64, on the CPU: ``seeds(n)`` are those of n times ``seeds()``."""
-        return torch.randint(2**62, shape, generator=self.generator)
+        return torch.randint(2**62, shape, generator=self.generator, device="cpu")
 
     def forward(self, y: Tensor) -> Tensor:
         if not self.active:

@@ -27,6 +27,7 @@
 #include <thread>
 #include <vector>
 
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #if defined(__AVX512F__)
@@ -205,6 +206,7 @@ struct Bfloat16 {
     static Word round(float x) {  // to the nearest bfloat16, of ties to the even one
         Word w;
         memcpy(&w, &x, 4);
+        if (x != x) return w >> 16 | 0x40;  // what is no number stays none
         return (w + 0x7FFF + ((w >> 16) & 1)) >> 16;
     }
     static Word word(float a, float b) { return round(a) | round(b) << 16; }
@@ -301,7 +303,7 @@ void add_product(const Word* a, const Word* b, int64_t bs, int words, float* c, 
                  bool add = true) {
     const int most = vectors == 1 ? TALL : ROWS, parts = (rows + most - 1) / most;
     for (int part = 0; part < parts; part++) {
-        const int m = rows * part / parts, count = rows * (part + 1) / parts - m;
+        const int m = int64_t(rows) * part / parts, count = int64_t(rows) * (part + 1) / parts - m;
         for (int n = 0; n < vectors;) {
             const int left = vectors - n, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
             auto run = width == 3   ? tile_of<P, AS, ROWS, 3>
@@ -474,6 +476,7 @@ struct Buffer {
 
     void reserve(size_t size) {
         if (size <= capacity) return;
+        size = std::max(size, capacity + capacity / 2);  // what is outgrown is not given back
         data = static_cast<T*>(allocate(size * sizeof(T)));
         capacity = size;
     }
@@ -895,6 +898,8 @@ class Mixing {
 };
 
 std::mutex one_call;  // the buffers are shared
+// A child that is forked in the midst of a call would wait for one that it does not have.
+const int at_fork = pthread_atfork([] { one_call.lock(); }, [] { one_call.unlock(); }, [] { one_call.unlock(); });
 
 }  // namespace
 

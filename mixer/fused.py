@@ -9,10 +9,16 @@ the plain formula stands in and one log line says why. ``MIXER_FUSED=0`` in the 
 import contextlib
 import ctypes
 import functools
+import hashlib
+import inspect
+import io
+import logging
 import os
+import tokenize
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 
 import threadpoolctl
 import torch
@@ -22,10 +28,13 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 from mixer import build
+from mixer import dropout as dropout_module
 from mixer.dropout import Dropout, threshold
 
 CHANNELS = 16  # what the operator is written for
 EPS = 1e-6  # of its LayerNorms
+# What is written for it in MixerBlock.forward and dropout.py, as digests; to be changed with fused.cpp, never alone.
+_FORWARD_AS_WRITTEN, _DROPOUT_AS_WRITTEN = "049a865b4f30fdfc", "fa65708138c7dcde"
 _WANTED = os.environ.get("MIXER_FUSED", "1") != "0"
 
 
@@ -45,7 +54,7 @@ def mixing(blocks: nn.ModuleList, x: Tensor) -> Tensor:
     if parameters and _fits(x, parameters) and not (_is_transformed() or _is_recorded()) and _available(bfloat16):
         first, dropout, count = blocks[0], blocks[0].dropout, len(blocks)
         p = dropout.p if dropout.active else 0.0
-        seeds = dropout.seeds(count, 4) if p else torch.zeros(count, 4, dtype=torch.int64)
+        seeds = dropout.seeds(count, 4) if p else torch.zeros(count, 4, dtype=torch.int64, device="cpu")
         return fused(x, parameters, seeds, p, bfloat16, first.skip_connections, first.gelu)
     for block in blocks:
         x = block(x)
@@ -142,15 +151,49 @@ def _thread_pools() -> tuple[threadpoolctl.ThreadpoolController, Callable[[int],
 
 
 def operator_computes(block: type[nn.Module]) -> type[nn.Module]:
-    """Decorates the class of blocks that the operator computes: exactly this class with exactly this ``forward``."""
-    _BLOCKS.add(block)
-    _FORWARD[block] = block.forward
+    """Decorates the class of blocks that the operator computes: exactly this class with exactly this ``forward``.
+
+    Where somebody has written something else in its place, in this file or in dropout.py, that is what runs.
+    """
+    if _is_the_formula(block.forward):
+        _BLOCKS.add(block)
+        for owner in (block, Dropout, dropout_module):
+            _FUNCTIONS_AS_WRITTEN.extend(_functions(owner))
+    else:
+        _log.warning(
+            "The mixer's blocks run as the plain formula, which is several times slower: %s or dropout.py has been "
+            "changed, and fused.cpp has not.",
+            block.__name__,
+        )
     return block
 
 
+def _is_the_formula(forward: FunctionType) -> bool:
+    """Whether it and dropout.py are what fused.cpp was written for; comments and line breaks in it do not matter."""
+    try:
+        lines = io.StringIO(inspect.getsource(forward)).readline
+        words = [token.string for token in tokenize.generate_tokens(lines) if token.type in _WORDS]
+        of_dropout = inspect.getsource(dropout_module)
+    except OSError:  # installed without its source, so not edited either
+        return True
+    return [_digest(" ".join(words)), _digest(of_dropout)] == [_FORWARD_AS_WRITTEN, _DROPOUT_AS_WRITTEN]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _functions(owner: type | ModuleType) -> list[tuple[type | ModuleType, str, FunctionType, CodeType]]:
+    """With their code, which IPython's autoreload exchanges while the function stays."""
+    return [(owner, name, f, f.__code__) for name, f in vars(owner).items() if inspect.isfunction(f)]
+
+
+_log = logging.getLogger("mixer")
+_WORDS = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
 _BLOCKS: set[type[nn.Module]] = set()
+_FUNCTIONS_AS_WRITTEN: list[tuple[type | ModuleType, str, FunctionType, CodeType]] = []
 _FORWARD = {cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, Dropout)}
-_CALL = nn.Module.__call__
+_CALL = nn.Module.__call__, nn.Module._call_impl
 _FUNCTIONS = (F.linear, F.layer_norm, F.gelu)
 
 
@@ -211,8 +254,12 @@ def _fit_together(of_mlp: list[Tensor]) -> bool:
 
 def _classes_are_as_written() -> bool:
     """Whether nobody has put something in place of a function or method that the operator stands for."""
-    return (F.linear, F.layer_norm, F.gelu) == _FUNCTIONS and all(
-        cls.forward is forward and cls.__call__ is _CALL for cls, forward in _FORWARD.items()
+    return (
+        (F.linear, F.layer_norm, F.gelu) == _FUNCTIONS
+        and all(cls.forward is forward and (cls.__call__, cls._call_impl) == _CALL for cls, forward in _FORWARD.items())
+        and all(
+            getattr(owner, name, None) is f and f.__code__ is code for owner, name, f, code in _FUNCTIONS_AS_WRITTEN
+        )
     )
 
 
@@ -222,6 +269,7 @@ def _is_as_written(module: nn.Module) -> bool:
     return (
         not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
         and "forward" not in own
+        and "_call_impl" not in own
         and not own.keys() & own["_modules"].keys()
         and not own.keys() & own["_parameters"].keys()
     )
@@ -385,12 +433,20 @@ def _mixing_backward(
 
 @_mixing.register_fake
 def _(x, parameters, seeds, p, bfloat16, skip, gelu, keep):
+    _check_devices(x, seeds, *parameters)
     return x.new_empty(x.shape), x.new_empty(_stream_shape(x, parameters, keep))
 
 
 @_mixing_backward.register_fake
-def _(grad, x, stream, parameters, *_):
+def _(grad, x, stream, parameters, seeds, *_):
+    _check_devices(grad, x, stream, seeds, *parameters)
     return [t.new_empty(t.shape) for t in (x, *parameters)]
+
+
+def _check_devices(first: Tensor, *others: Tensor) -> None:
+    """ValueError where one is elsewhere: PyTorch asks for shapes alone, and would take them for an answer."""
+    if any(tensor.device != first.device for tensor in others):
+        raise ValueError("the operator takes tensors of the CPU only")
 
 
 def _stream_shape(x: Tensor, parameters: list[Tensor], keep: bool) -> tuple[int, ...]:

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from mixer.dropout import Dropout
 from mixer.fused import mixing, operator_computes
 
-_APPROXIMATION = {"exact": "none", "tanh": "tanh"}  # of GELU, as F.gelu calls it
-
 
 def uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.Module:
     """A layer that has not drawn PyTorch's initial weights, which would come from the generator of everybody."""
@@ -120,7 +118,7 @@ class MixerBlock(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if gelu not in _APPROXIMATION:
+        if gelu not in ("exact", "tanh"):
             raise ValueError(f"gelu is {gelu!r}, but it has to be exact or tanh")
         self.skip_connections = skip_connections
         self.gelu = gelu
@@ -137,7 +135,7 @@ class MixerBlock(nn.Module):
             nn.init.zeros_(self.channels_out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        approximate = _APPROXIMATION[self.gelu]
+        approximate = "tanh" if self.gelu == "tanh" else "none"  # in PyTorch's words
         y = self.patches_norm(x).transpose(1, 2)  # (B, C, S)
         y = self.dropout(F.gelu(self.patches_in(y), approximate=approximate))
         y = self.dropout(self.patches_out(y).transpose(1, 2))  # (B, S, C)
@@ -153,8 +151,8 @@ class MlpMixer(nn.Module):
 
     ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too.
     ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU, draws the initial
-    weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does. The rest is as in
-    ``MixerBlock``; the head is zero at first, unless ``initialisation`` is "pytorch".
+    weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does (as it has to be under
+    ``torch.utils.checkpoint``, which knows no other). The rest is as in ``MixerBlock``; the head is zero at first, unless ``initialisation`` is "pytorch".
 
     Raises ValueError for an impossible dropout, for other words, and when the patches do not tile an image or are not
     ``num_patches``.

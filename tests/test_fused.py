@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from mixer import build, fused
+from mixer import build, dropout, fused
 from mixer.dropout import Dropout
 from mixer.model import MixerBlock, MlpMixer
 
@@ -176,6 +177,10 @@ def test_not_a_number_is_passed_on(bfloat16):
     tensors, _ = inputs(2, 49, 64, 32)
     tensors[3][5, 7] = math.nan
     assert operator(0, 0.0, bfloat16)(*tensors).isnan().all()
+    for bits in (0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001):  # the one that CUDA makes is the second
+        tensors, _ = inputs(2, 49, 64, 32)
+        tensors[5].view(torch.int32)[48, 3] = bits
+        assert operator(0, 0.0, bfloat16)(*tensors)[:, 48].isnan().all()
 
 
 @needs_library
@@ -302,6 +307,12 @@ def put(owner, name, value):
     return lambda _, undo: undo.enter_context(mock.patch.object(owner, name, value))
 
 
+def recode(_, undo):
+    """What IPython's autoreload does with a function that was edited."""
+    undo.callback(setattr, MixerBlock.forward, "__code__", MixerBlock.forward.__code__)
+    MixerBlock.forward.__code__ = (lambda self, x: x + 1).__code__
+
+
 def set_in_one(path, value):
     return lambda model, _: setattr(model.blocks[1].get_submodule(path), *value)
 
@@ -395,6 +406,11 @@ CHANGES = {
     "forward of Dropout": put(Dropout, "forward", lambda self, y: y / 2),
     "call of Linear": put(nn.Linear, "__call__", lambda self, x: 2 * self.forward(x)),
     "call of Module": put(nn.Module, "__call__", lambda self, *x: self.forward(*x) * 2),
+    "code of MixerBlock's forward": recode,
+    "dropout_scale": put(dropout, "dropout_scale", lambda shape, p, seed: torch.ones(shape)),
+    "a function of dropout.py": put(dropout, "_mix", lambda word: word),
+    "call of one layer": set_in_one("channels_in", ("_call_impl", lambda y: y[..., :1].expand(*y.shape[:-1], 32))),
+    "inner call of Module": put(nn.Module, "_call_impl", lambda self, *x: self.forward(*x) * 2),
     "gelu": put(F, "gelu", lambda y, approximate: F.relu(y)),
     "linear": put(F, "linear", lambda x, w, b: x @ w.abs().T),
     "layer_norm": put(F, "layer_norm", lambda x, *_: x / 2),
@@ -443,6 +459,56 @@ def test_a_changed_block_is_computed_as_it_is_written(change):
 
 
 CPU = torch.device("cpu")
+
+EDITS = {
+    "no skip connection": ("model.py", "u = x + y if", "u = y if", "plain"),
+    "another activation": ("model.py", "F.gelu(self.patches_in(y), approximate=approximate)", "F.relu(y)", "plain"),
+    "another dropout": ("dropout.py", "word & 0xFFFF", "word & 0xFFF", "plain"),
+    "a comment": ("model.py", "u = x + y if", "# U of equation (1)\n        u = x + y if", "fused"),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_is_written_in_the_source_is_what_runs(tmp_path, edit):
+    file, old, new, path = EDITS[edit]
+    shutil.copytree(REPOSITORY / "mixer", tmp_path / "mixer", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (tmp_path / "mixer" / file).read_text()
+    assert text.count(old) == 1
+    (tmp_path / "mixer" / file).write_text(text.replace(old, new))
+    code = """if True:
+        import torch
+        from mixer import MlpMixer, fused
+        blocks = MlpMixer(num_blocks=2).blocks
+        print(fused.path(blocks, torch.device("cpu"), "float32"))"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{path}\n"
+    assert ("has been changed, and fused.cpp has not" in run.stderr) == (path == "plain")
+
+
+@needs_library
+def test_tensors_elsewhere_are_no_answer():
+    model, images = small_model()
+    stem = model.stem(images)
+    wanted = plain(model.blocks, stem)
+    with torch.device("meta"):
+        torch.testing.assert_close(fused.mixing(model.blocks, stem), wanted)
+    parameters, seeds = list(model.blocks.parameters()), torch.zeros(2, 4, dtype=torch.int64)
+    for wrong in ((parameters, seeds.to("meta")), ([*parameters[:-1], parameters[-1].to("meta")], seeds)):
+        with pytest.raises(ValueError, match="tensors of the CPU only"):
+            fused.fused(stem, *wrong, 0.0, False)
+
+
+@needs_library
+def test_gradients_of_very_many_patches():
+    block, x, grad = MixerBlock(131_080, 16, 2, 4), torch.randn(1, 131_080, 16), torch.randn(1, 131_080, 16)
+    parameters = list(block.parameters())
+    y = fused.fused(x, parameters, torch.zeros(1, 4, dtype=torch.int64), 0.0, False)
+    got = torch.autograd.grad(y, parameters, grad)
+    block.double()
+    wanted = torch.autograd.grad(block(x.double()), list(block.parameters()), grad.double())
+    for a, b in zip(got, wanted, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-4
 
 
 @needs_bfloat16
@@ -915,10 +981,16 @@ def test_only_the_calling_thread_takes_one_thread():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_process_computes_too():
     code = """if True:
-        import os, torch
+        import os, threading, torch
         from mixer.fused import fused
         from mixer.model import MlpMixer
         torch.set_num_threads(2)
+
+        def keep_busy():
+            with torch.inference_mode():
+                while True:
+                    fused(x, parameters, seeds, 0.0, False)
+
         parameters, x = list(MlpMixer(num_blocks=1).blocks.parameters()), torch.randn(40, 49, 16)
         seeds = torch.zeros(1, 4, dtype=torch.int64)
         with torch.inference_mode():
@@ -928,6 +1000,13 @@ def test_a_forked_process_computes_too():
         assert torch.equal(got, wanted)
         if child:
             assert os.waitpid(child, 0)[1] == 0
+            threading.Thread(target=keep_busy, daemon=True).start()
+            for _ in range(5):  # in the midst of another thread's call
+                child = os.fork()
+                with torch.inference_mode():
+                    if not child:
+                        os._exit(not torch.equal(fused(x, parameters, seeds, 0.0, False), wanted))
+                assert os.waitpid(child, 0)[1] == 0
         os._exit(0)
     """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
