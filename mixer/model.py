@@ -151,8 +151,9 @@ class MlpMixer(nn.Module):
 
     ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too.
     ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU, draws the initial
-    weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does (as it has to be under
-    ``torch.utils.checkpoint``, which knows no other). The rest is as in ``MixerBlock``; the head is zero at first, unless ``initialisation`` is "pytorch".
+    weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does, as it has to under
+    ``torch.utils.checkpoint``, which knows no other. The rest is as in ``MixerBlock``; the head is zero at first,
+    unless ``initialisation`` is "pytorch".
 
     Raises ValueError for an impossible dropout, for other words, and when the patches do not tile an image or are not
     ``num_patches``.
