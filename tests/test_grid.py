@@ -130,7 +130,7 @@ def test_a_record_of_another_data_set_is_not_taken_for_fashion_mnists(quick, few
     mirrored = dataclasses.replace(few, train_images=few.train_images.flip(2), test_images=few.test_images.flip(2))
     monkeypatch.setattr(fashion_mnist, "load_folder", lambda folder: mirrored)
     config = Config(num_epochs=1, batch_size=64, num_blocks=1, **part)
-    monkeypatch.setattr(module, "train", functools.partial(train))
+    monkeypatch.setattr(module, "train", train)
     (record,) = run([config], tmp_path, data="mirrored")
     assert run([config], tmp_path, data="mirrored") == [record]
     with pytest.raises(GridError, match="a record of another data than asked for"):
