@@ -128,6 +128,10 @@ def test_no_result_is_typed_into_the_report_by_hand():
         "rate 0.001, dropout 0.1, batch 256",  # the notebook asserts that this is the best set
         "learning rate 0.001, dropout 0.1, batch size 512",  # and this the first seed's best run
         "learning rate 0.001. The best set",
+        "all but 5,000",
+        "learning rate 0.001 win here too: by the best epoch with batches of 256",  # and that this is what is picked
+        "by the last with batches of 512",
+        "and 5,000 images do not rank",
         "range from 0 to 1",
         "1/\\text",
         "within 0.1 points",
