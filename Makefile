@@ -73,7 +73,6 @@ keep = weights="results/recipe/weights/$$($(BIN)/python -c \
 
 RECIPE := $(BIN)/python -m mixer.grid --results results/recipe --recipe
 PEER := $(RECIPE) modern --seeds 0 1 --num-epochs 20 --whiten no --initialisation flax --network
-# Followed by an ingredient, which is taken away; one that the recipe does not have makes a run that is there already.
 WITHOUT := $(RECIPE) modern --seeds 0 1 --num-epochs 20
 ORDER := $(BIN)/python -m mixer.grid --batch-size 256 --seeds 0 1 --num-epochs 10 --lr 0.01 --dropout 0.1
 recipe: .venv/installed
@@ -92,11 +91,8 @@ recipe: .venv/installed
 	$(WITHOUT) --average 0
 	$(WITHOUT) --flip no
 	$(WITHOUT) --shift 0
-	$(WITHOUT) --erase 0
 	$(WITHOUT) --mixup 0
 	$(WITHOUT) --label-smoothing 0
-	$(WITHOUT) --dropout 0
-	$(WITHOUT) --batch-size 256
 	$(WITHOUT) --whiten no
 	$(WITHOUT) --initialisation flax
 	$(BIN)/python -m mixer.shuffle build

@@ -56,7 +56,9 @@ class Training:
         self.optimisers = OPTIMISERS[config.optimiser](self.model, config.lr, config.weight_decay, **fused)
         self.average, self.tested = None, self.model
         if config.average:
-            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.average))
+            # With its buffers: BatchNorm's statistics have to be those of the weights that are tested.
+            average = get_ema_multi_avg_fn(config.average)
+            self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
             self.tested = self.average.module
 
     def _start_generator(self) -> None:

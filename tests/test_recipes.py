@@ -60,6 +60,18 @@ def test_the_average_is_what_is_tested_and_kept(few):
     assert training(few).tested is not None and training(few).average is None
 
 
+def test_the_statistics_of_batch_normalisation_are_averaged_as_the_weights_are(few):
+    config = Config(network="conv", average=0.9, batch_size=64, num_epochs=1, limit=256)
+    run = Training(config, CPU, "float32", part_of(few, config))
+    copies = []
+    run.train_epoch(lambda loss: copies.append(run.model.norm.running_var.clone()))
+    average = copies[0]
+    for variance in copies[1:]:
+        average = 0.9 * average + 0.1 * variance
+    torch.testing.assert_close(run.tested.norm.running_var, average)
+    assert not torch.allclose(average, copies[-1])
+
+
 def test_augmented_images_are_the_images_moved_and_mirrored(few):
     images = few.train_images
     generator = torch.Generator().manual_seed(0)
