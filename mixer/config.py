@@ -18,7 +18,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     # The coursework's model trained as one would today; recipe.ipynb says how its ingredients were chosen.
     "modern": {
         "lr": 0.02,
-        "num_epochs": 100,
         "initialisation": "identity",
         "whiten": True,
         "optimiser": "muon",
