@@ -29,10 +29,11 @@ def test_a_picture_of_the_data_set_is_left_as_it_is(data):
         assert np.array_equal(prepare(image), image)
 
 
-def test_the_shipped_weights_know_their_own_test_images(data):
+@pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS.with_name("recipe.safetensors")], ids=lambda path: path.stem)
+def test_the_shipped_weights_know_their_own_test_images(weights, data):
     images, labels = data.test_images[:20].numpy(), data.test_labels[:20]
-    right = [classify(image).index[0] == CLASSES[label] for image, label in zip(images, labels, strict=True)]
-    assert sum(right) >= 16
+    answers = [classify(image, weights).index[0] for image in images]
+    assert sum(answer == CLASSES[label] for answer, label in zip(answers, labels, strict=True)) >= 16
 
 
 def test_probabilities_of_all_classes_the_likeliest_first(boot):
