@@ -113,6 +113,7 @@ def test_no_result_is_typed_into_the_report_by_hand():
         "(0.01 and 0.001)",
         "How C1 to C3 are judged",
         "divided by 255",
+        r"asked for 93.0\,\%",
         "0.001 is its usual learning rate",
         "A rate of 0.01",
         "0 and 0.1",
