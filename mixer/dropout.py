@@ -24,6 +24,7 @@ class Dropout(nn.Module):
             raise ValueError(f"dropout_p is a probability below 1, not {p}")
         self.p = float(p)
         self.generator = generator
+        self.drawn: list[Tensor] = []  # seeds of the next calls that were drawn ahead, on the device
 
     @property
     def active(self) -> bool:
@@ -36,7 +37,8 @@ class Dropout(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         if not self.active:
             return y
-        return y * dropout_scale(y.shape, self.p, self.seeds().to(y.device)).to(y.dtype)
+        seed = self.drawn.pop(0) if self.drawn else self.seeds().to(y.device)
+        return y * dropout_scale(y.shape, self.p, seed).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -53,7 +55,7 @@ def dropout_scale(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
         key = (key ^ _shr(key, 32, 64)) * _signed(0xD6E8FEB86659FD93)
     rows, pairs = math.prod(shape[:-1]), (shape[-1] + 1) // 2
     index = torch.arange(max(rows, pairs), dtype=torch.int32, device=seed.device)
-    row, column = _hash(index[:rows], key), _hash(index[:pairs] - (1 << 31), key)
+    row, column = _hash(index[:rows], key), _hash(index[:pairs] ^ _signed(1 << 31, 32), key)
     word = _mix(row[:, None] + column)
     halves = torch.stack([word & 0xFFFF, _shr(word, 16)], dim=-1).view(rows, 2 * pairs)[:, : shape[-1]]
     steps = threshold(p)

@@ -10,6 +10,7 @@ faster, as long as they are exactly these: change one, and PyTorch runs what you
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -200,7 +201,7 @@ class MlpMixer(nn.Module):
             nn.init.zeros_(self.head.weight)  # as in the paper's code: training starts from equal logits
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, mixing: Callable[[nn.ModuleList, Tensor], Tensor] = mixing) -> Tensor:
         self._check(images)
         x = self.stem(images).to(images.dtype)  # under autocast only products are bfloat16, not what is added up
         x = mixing(self.blocks, x)

@@ -102,7 +102,7 @@ _ENVIRONMENT = {
     "device": str,
     "threads": int,
     "precision": ("float32", "bfloat16"),
-    "path": ("fused", "plain"),
+    "path": ("fused", "replayed", "plain"),
     "commit": str,
     "data_sha256": dict,
 }
@@ -119,7 +119,7 @@ _PACKAGE = Path(__file__).parent
 _CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
 # What a run's bits depend on.
 _DECISIVE = (
-    *("model.py", "dropout.py", "fused.py", "fused.cpp", "build.py", "peers.py"),
+    *("model.py", "dropout.py", "fused.py", "fused.cpp", "build.py", "graphs.py", "peers.py"),
     *("optimisers.py", "train.py", "teacher.py", "data.py"),
 )
 

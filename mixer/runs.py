@@ -79,6 +79,8 @@ def train(
         # empties its cache only where the outermost context ends, so in here it would keep weights of steps ago.
         contexts.enter_context(torch.inference_mode(False))
         contexts.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
+        if device.type == "cuda":  # convolutions give the same bits every time, and float32 is no TF32
+            contexts.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
         if torch.get_default_device().type != "cpu":  # nor does its default device; the generator is the CPU's
             contexts.enter_context(torch.device("cpu"))
         data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
@@ -165,7 +167,7 @@ class _Run:
         environment = self.environment
         decisive = ["torch", "precision", "path", "code_sha256"]
         decisive += ["data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
-        if environment["path"] == "plain":
+        if environment["path"] != "fused":
             decisive += ["device", "threads"]
         key = {name: environment.get(name) for name in decisive}
         key |= {"kind": self.training.device.type, "capability": torch.backends.cpu.get_cpu_capability()}
@@ -264,7 +266,7 @@ def _environment(training: Training) -> dict[str, Any]:
     return (
         environment(training.device, training.precision)
         | {
-            "path": fused.path(training.model.blocks, training.device, training.precision),
+            "path": training.path,
             "data": training.data.name,
             "data_sha256": training.data.sha256,
             "pixel_mean": training.data.pixel_mean,

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mixer import fused
 from mixer.config import Config
 from mixer.data import Data, cut_out, draw_views, normalise, validation_split, view
+from mixer.graphs import Replayed, replayed
 from mixer.model import MlpMixer, count_patches
 from mixer.optimisers import OPTIMISERS, SCHEDULES
 from mixer.peers import ConvNet, PlainMlp
@@ -60,6 +61,22 @@ class Training:
             average = get_ema_multi_avg_fn(config.average)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
             self.tested = self.average.module
+        self.network = self._replayed() or self.model
+
+    def _replayed(self) -> Replayed | None:
+        """The model as it is trained on CUDA, where that can be had."""
+        if self.device.type != "cuda" or not isinstance(self.model, MlpMixer):
+            return None
+        images = self.data.train_images[: self.config.batch_size]
+        with autocast(self.device, self.precision):
+            return replayed(self.model, normalise(images, self.data.pixel_mean, self.data.pixel_std))
+
+    @property
+    def path(self) -> str:
+        """What computes the blocks: "replayed" (``mixer.graphs``), or as ``fused.path`` says."""
+        if self.network is not self.model:
+            return "replayed"
+        return fused.path(self.model.blocks, self.device, self.precision)
 
     def _start_generator(self) -> None:
         """What an epoch draws (its order, its dropout) follows from seed and epoch; before the first: the weights."""
@@ -155,7 +172,7 @@ class Training:
             share -= self._uniform() / 2
             inputs = inputs.flip(0).lerp(inputs, share)
         with autocast(self.device, self.precision):
-            logits = self.model(inputs)
+            logits = self.network(inputs)
         if self.teacher is not None:
             return logits, self.teacher.loss(logits, batch, views, config.temperature)
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
@@ -224,7 +241,7 @@ def predict(
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
 def find_device(name: torch.device | str | None = None) -> torch.device:

@@ -624,4 +624,22 @@ def test_cuda_learns_as_the_cpu_does(few, uninterrupted):
     record = run(few, device="cuda")
     for ours, theirs in zip(record["history"], uninterrupted["history"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+    assert record["environment"]["path"] == "replayed"
     assert timeless(record) == timeless(run(few, device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("network", ["mixer", "mlp", "conv"])
+def test_cuda_goes_on_where_it_was_cut_off(few, tmp_path, network):
+    config = replace(SHORT, network=network)
+
+    def stop(epoch, model):
+        if epoch["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(few, config, device="cuda", checkpoint=tmp_path / "run.pt", on_epoch=stop)
+    epochs = []
+    resumed = run(few, config, device="cuda", checkpoint=tmp_path / "run.pt", on_epoch=lambda e, _: epochs.append(e))
+    assert [epoch["epoch"] for epoch in epochs] == [3]
+    assert timeless(resumed) == timeless(run(few, config, device="cuda"))
