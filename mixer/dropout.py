@@ -6,6 +6,7 @@ than all the rest of a training step.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ class Dropout(nn.Module):
     default one when it is None. ``p`` counts in steps of 1/65536. Raises ValueError when it is no probability below 1.
     """
 
+    drawn: Sequence[Tensor] = ()  # seeds of the next calls, on the device, where somebody has drawn them ahead
+
     def __init__(self, p: float, generator: torch.Generator | None = None):
         super().__init__()
         if not 0.0 <= p < 1.0:
             raise ValueError(f"dropout_p is a probability below 1, not {p}")
         self.p = float(p)
         self.generator = generator
-        self.drawn: list[Tensor] = []  # seeds of the next calls that were drawn ahead, on the device
 
     @property
     def active(self) -> bool:

@@ -6,7 +6,8 @@ Shapes, for a batch of B images cut into S patches of C channels each:
                         ->  LayerNorm, mean over patches (B, C)  ->  head (B, num_classes)
 
 What is written here is what is computed, on every device. On a CPU one operator (``fused.py``) computes all blocks
-faster, as long as they are exactly these: change one, and PyTorch runs what you wrote.
+faster, as long as they are exactly these: change one, and PyTorch runs what you wrote. On CUDA torch.compile makes the
+kernels of training from what is written here (``graphs.py``).
 """
 
 import math
@@ -150,7 +151,8 @@ class MixerBlock(nn.Module):
 class MlpMixer(nn.Module):
     """The coursework's model: 947,682 parameters with the default sizes.
 
-    ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too.
+    ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too; what
+    computes the blocks can be given with them, as ``mixer.graphs`` does.
     ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU, draws the initial
     weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does, as it has to under
     ``torch.utils.checkpoint``, which knows no other. The rest is as in ``MixerBlock``; the head is zero at first,

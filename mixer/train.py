@@ -73,7 +73,7 @@ class Training:
 
     @property
     def path(self) -> str:
-        """What computes the blocks: "replayed" (``mixer.graphs``), or as ``fused.path`` says."""
+        """What computes the blocks in training: "replayed" (``mixer.graphs``), or as ``fused.path`` says."""
         if self.network is not self.model:
             return "replayed"
         return fused.path(self.model.blocks, self.device, self.precision)

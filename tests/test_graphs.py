@@ -45,7 +45,7 @@ def test_a_block_is_one_graph_with_the_seeds_that_it_draws_itself(dropout_p):
         return x
 
     assert torch.equal(seeded(images, mixing), alone(images))
-    assert all(block.dropout.drawn == [] for block in seeded.blocks)
+    assert not any(block.dropout.drawn for block in seeded.blocks)
     # and both have taken as much from the generator
     assert torch.equal(seeded.blocks[0].dropout.seeds(), alone.blocks[0].dropout.seeds())
 
