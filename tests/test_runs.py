@@ -629,9 +629,9 @@ def test_cuda_learns_as_the_cpu_does(few, uninterrupted):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("network", ["mixer", "mlp", "conv"])
-def test_cuda_goes_on_where_it_was_cut_off(few, tmp_path, network):
-    config = replace(SHORT, network=network)
+@pytest.mark.parametrize("sizes", [{"num_blocks": 2}, {"network": "mlp"}, {"network": "conv"}], ids=str)
+def test_cuda_goes_on_where_it_was_cut_off(few, tmp_path, sizes):
+    config = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, **sizes)
 
     def stop(epoch, model):
         if epoch["epoch"] == 2:
