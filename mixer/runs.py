@@ -168,7 +168,9 @@ class _Run:
         decisive = ["torch", "precision", "path", "code_sha256"]
         decisive += ["data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
         if environment["path"] != "fused":
-            decisive += ["device", "threads"]
+            decisive += ["device"]
+        if environment["path"] == "plain" and self.training.device.type == "cpu":
+            decisive += ["threads"]
         key = {name: environment.get(name) for name in decisive}
         key |= {"kind": self.training.device.type, "capability": torch.backends.cpu.get_cpu_capability()}
         return json.dumps([CHECKPOINT_FORMAT, dataclasses.asdict(self.training.config), key])
