@@ -6,7 +6,6 @@ than all the rest of a training step.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ class Dropout(nn.Module):
     default one when it is None. ``p`` counts in steps of 1/65536. Raises ValueError when it is no probability below 1.
     """
 
-    drawn: Sequence[Tensor] = ()  # seeds of the next calls, on the device, where somebody has drawn them ahead
+    drawn: list[Tensor] | tuple[()] = ()  # seeds of the next calls, on the device, where somebody has drawn them ahead
 
     def __init__(self, p: float, generator: torch.Generator | None = None):
         super().__init__()
