@@ -82,6 +82,7 @@ recipe: .venv/installed
 	$(RECIPE) teacher
 	$(call keep,teacher,results/teachers/conv.safetensors)
 	$(RECIPE) distilled --seeds 0 1 2
+	$(RECIPE) patient --seeds 0 1 2
 	$(PEER) mlp
 	$(PEER) conv
 	$(WITHOUT)
