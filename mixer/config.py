@@ -94,7 +94,7 @@ class Config:
     mixup: float = 0.0  # so often, a batch's images and labels are mixed with one another's
     label_smoothing: float = 0.0
     network: str = "mixer"  # or one of its peers, "mlp" or "conv", which have one size
-    teacher: str = ""  # the name of one: the only target is what it makes of the same view of the image
+    teacher: str = ""  # the name of one: the only target is what it makes of the very image that is seen
     temperature: float = 1.0  # of both, when a teacher is followed
     average: float = 0.0  # what is tested is the weights' moving average, which keeps so much of itself a step
     validation: bool = False  # a twelfth of the training images is held out, and stands for the test images
@@ -117,8 +117,8 @@ class Config:
         self._keep("teacher", str, lambda name: re.fullmatch("[a-z0-9-]*", name), "a name of small letters and digits")
         if self.temperature != 1 and not self.teacher:
             raise ValueError("temperature goes with a teacher: name one, or leave it out")
-        if self.teacher and (self.mixup or self.erase or self.label_smoothing):
-            raise ValueError("teacher goes with flips and shifts only, not with mixup, erase or label_smoothing")
+        if self.teacher and (self.erase or self.label_smoothing):
+            raise ValueError("teacher goes with flips, shifts and mixup, not with erase or label_smoothing")
         for name in _OF_A_MIXER if self.network != "mixer" else ():
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ValueError(f"{name} is of a mixer, and network is {self.network!r}: leave it out")

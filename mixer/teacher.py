@@ -2,7 +2,8 @@
 
 A mixer can learn from it as in Beyer et al. 2021 (arXiv:2106.05237, "a good teacher is patient and consistent"): both
 see the same view of an image, and what the teacher makes of it is the student's only target. Flips and shifts give an
-image few views (50 with shifts of up to two pixels), so the teacher looks at each once and its logits are kept.
+image few views (50 with shifts of up to two pixels), so the teacher looks at each once and its logits are kept. Two
+images that are mixed into one are never the same again: at them it looks when they are there.
 
 The teacher is trained as any run, ``Config(network="conv")``.
 """
@@ -33,10 +34,10 @@ def weights_of(name: str) -> Path:
 
 
 class Teacher:
-    """The logits (views, N, num_classes) of a trained ConvNet for the training images, float16.
+    """A trained ConvNet, and its ``logits`` (views, N, num_classes) for the training images, float16.
 
     name: of its weights, see :func:`weights_of`. flip, shift: which views there are, in the order of ``data.view``.
-    Computed once, which takes minutes, and kept in the data folder.
+    The logits are computed once, which takes minutes, and kept in the data folder.
 
     Raises ValueError where there is none, or one that was trained on other images than ``data``'s; OSError.
     """
@@ -51,27 +52,27 @@ class Teacher:
         decisive = [weights, repr((views, shift, precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()]
         kept = data_folder() / "teachers" / f"{name}-{hashlib.sha256(b''.join(decisive)).hexdigest()[:16]}.bin"
         shape = views, len(data.train_images), data.num_classes
+        self.model = _conv_net(path, weights, data).to(device).requires_grad_(False)
         check_writable(kept)
         with FileLock(kept.with_suffix(".lock")):  # students that begin side by side let one of them do it
             try:
                 content = unseal(kept.read_bytes())
             except (OSError, ValueError):
-                model = _conv_net(path, weights, data)
-                content = _logits(model, data, views, shift, precision).numpy().tobytes()
+                content = _logits(self.model, data, views, shift, precision).numpy().tobytes()
                 write_whole(kept, seal(content))
         self.weights_sha256 = hashlib.sha256(weights).hexdigest()
         self.sha256 = hashlib.sha256(content).hexdigest()  # of the logits, which may differ from machine to machine
         self.logits = torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(device)
 
-    def loss(self, logits: Tensor, images: Tensor, views: Tensor, temperature: float) -> Tensor:
-        """KL divergence from the teacher to the student, times the temperature's square (Hinton et al. 2015).
+    def kept(self, images: Tensor, views: Tensor) -> Tensor:
+        """Its logits, float32, for training images by their numbers (B,), of which the ``views`` (B,) are seen."""
+        return self.logits[views.to(images.device), images].float()
 
-        ``images`` (B,): their numbers among the training images; ``views`` (B,): which one was seen.
-        """
-        target = self.logits[views.to(images.device), images].float() / temperature
-        student = F.log_softmax(logits / temperature, dim=1)
-        divergence = F.kl_div(student, F.log_softmax(target, dim=1), reduction="batchmean", log_target=True)
-        return temperature**2 * divergence
+
+def distillation(logits: Tensor, of_teacher: Tensor, temperature: float) -> Tensor:
+    """KL divergence from the teacher to the student, times the temperature's square (Hinton et al. 2015)."""
+    student, target = (F.log_softmax(each / temperature, dim=1) for each in (logits, of_teacher))
+    return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
 def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
@@ -90,7 +91,6 @@ def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
 
 def _logits(model: ConvNet, data: Data, views: int, shift: int, precision: str) -> Tensor:
     device, batches = data.train_images.device, data.train_images.split(1000)
-    model = model.to(device)
     logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)
     for number in tqdm(range(views), desc="the teacher looks at every view", leave=False, disable=None):
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):

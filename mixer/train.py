@@ -24,7 +24,7 @@ from mixer.graphs import Replayed, replayed
 from mixer.model import MlpMixer, count_patches
 from mixer.optimisers import OPTIMISERS, SCHEDULES
 from mixer.peers import ConvNet, PlainMlp
-from mixer.teacher import Teacher
+from mixer.teacher import Teacher, distillation
 
 WHITEN_BY = 5000  # images
 EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden layer near 100 MB
@@ -174,7 +174,9 @@ class Training:
         with autocast(self.device, self.precision):
             logits = self.network(inputs)
         if self.teacher is not None:
-            return logits, self.teacher.loss(logits, batch, views, config.temperature)
+            with autocast(self.device, self.precision):
+                of_teacher = self.teacher.kept(batch, views) if share == 1 else self.teacher.model(inputs)
+            return logits, distillation(logits, of_teacher, config.temperature)
         loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
         if share < 1:
             other = F.cross_entropy(logits, labels.flip(0), label_smoothing=config.label_smoothing)

@@ -92,8 +92,8 @@ def test_names_are_readable_and_those_of_the_records_that_there_are():
     ("fields", "reason"),
     [
         ({"temperature": 2}, "temperature goes with a teacher"),
-        ({"teacher": "conv", "mixup": 0.5}, "teacher goes with flips and shifts only"),
-        ({"teacher": "conv", "label_smoothing": 0.1}, "teacher goes with flips and shifts only"),
+        ({"teacher": "conv", "erase": 8}, "teacher goes with flips, shifts and mixup, not with"),
+        ({"teacher": "conv", "label_smoothing": 0.1}, "teacher goes with flips, shifts and mixup, not with"),
         ({"network": "conv", "num_blocks": 4}, "num_blocks is of a mixer"),
         ({"network": "mlp", "whiten": True}, "whiten is of a mixer"),
     ],
@@ -140,7 +140,7 @@ def test_a_name_is_one_per_config():
     configs = {Config(network="mlp"), Config(network="conv")}
     for _ in range(20_000):
         drawn = {name: choose.choice(some) for name, some in values.items()}
-        drawn |= {"erase": 0, "mixup": 0, "label_smoothing": 0} if drawn["teacher"] else {"temperature": 1}
+        drawn |= {"erase": 0, "label_smoothing": 0} if drawn["teacher"] else {"temperature": 1}
         configs.add(Config(**drawn))
     for name, some in values.items():  # and all that differ in one field alone, but for a teacher's
         configs |= {Config(**{name: value}) for value in some if name != "temperature"}

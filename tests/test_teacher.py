@@ -1,5 +1,7 @@
 """A teacher is a run like any other, and a student learns from what it makes of the very same view."""
 
+import sys
+
 import pytest
 import torch
 from conftest import first_images
@@ -10,7 +12,7 @@ from mixer.config import Config
 from mixer.data import normalise, view
 from mixer.peers import ConvNet
 from mixer.runs import last_weights, train
-from mixer.teacher import Teacher
+from mixer.teacher import Teacher, distillation
 from mixer.train import Training, part_of
 
 CPU = torch.device("cpu")
@@ -49,14 +51,35 @@ def test_it_is_asked_for_the_view_that_the_student_sees(hundred, taught, tmp_pat
     inputs = normalise(view(hundred.train_images[images], views, 1), hundred.pixel_mean, hundred.pixel_std)
     torch.testing.assert_close(little.logits[views, images].float(), model.eval()(inputs), atol=2e-3, rtol=2e-3)
 
-    student = torch.randn(4, 10)
-    p, q = (little.logits[views, images].double() / 3).softmax(1), (student.double() / 3).softmax(1)
+    assert torch.equal(little.kept(images, views), little.logits[views, images].float())
+
+
+def test_the_loss_of_a_student():
+    student, of_teacher = torch.randn(2, 4, 10, dtype=torch.float64)
+    p, q = (of_teacher / 3).softmax(1), (student / 3).softmax(1)
     expected = 9 * (p * (p / q).log()).sum(1).mean()
-    assert float(little.loss(student, images, views, 3.0)) == pytest.approx(float(expected), rel=1e-4)
+    torch.testing.assert_close(distillation(student, of_teacher, 3.0), expected)
 
 
-def test_a_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path):
-    config = Config(teacher="little", temperature=2.0, flip=True, shift=1, **SMALL)
+def test_it_looks_at_mixed_images_itself(hundred, taught, monkeypatch):
+    training = Training(Config(teacher="little", mixup=1.0, flip=True, **SMALL), CPU, "float32", hundred)
+    network, seen, asked = training.network, [], []
+    training.network = lambda inputs: network(seen.append(inputs) or inputs)
+
+    def loss(logits, of_teacher, temperature):
+        asked.append(of_teacher)
+        return logits.sum()
+
+    monkeypatch.setattr(sys.modules["mixer.train"], "distillation", loss)  # the package's `train` is the function
+    training._forward(torch.arange(50))
+    plain = normalise(hundred.train_images[:50], hundred.pixel_mean, hundred.pixel_std)
+    assert not any(torch.equal(one, other) for one in seen[0] for image in plain for other in (image, image.flip(2)))
+    assert torch.equal(asked[0], training.teacher.model(seen[0]))
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_a_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path, mixup):
+    config = Config(teacher="little", temperature=2.0, flip=True, shift=1, mixup=mixup, **SMALL)
     options = {"data": hundred, "device": "cpu", "precision": "float32", "progress": False}
     whole = train(config, **options)
 
