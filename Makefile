@@ -74,7 +74,9 @@ keep = weights="results/recipe/weights/$$($(BIN)/python -c \
 RECIPE := $(BIN)/python -m mixer.grid --results results/recipe --recipe
 PEER := $(RECIPE) modern --seeds 0 1 --num-epochs 20 --whiten no --initialisation flax --network
 WITHOUT := $(RECIPE) modern --seeds 0 1 --num-epochs 20
-ORDER := $(BIN)/python -m mixer.grid --batch-size 256 --seeds 0 1 --num-epochs 10 --lr 0.01 --dropout 0.1
+ORDER := $(BIN)/python -m mixer.grid --batch-size 256 --num-epochs 10 --lr 0.01 --dropout 0.1
+MIXERS_AGAIN := $(ORDER) --seeds 3 4 5 6 7 8 9
+CONVNETS_AGAIN := $(ORDER) --seeds 3 4 5 --network conv
 recipe: .venv/installed
 	$(RECIPE) modern --seeds 0 1 2
 	$(call keep,modern,results/recipe.safetensors)
@@ -97,9 +99,13 @@ recipe: .venv/installed
 	$(WITHOUT) --whiten no
 	$(WITHOUT) --initialisation flax
 	$(BIN)/python -m mixer.shuffle build
-	$(ORDER) --results results/recipe --network conv
-	$(ORDER) --results results/recipe/shuffled-patches --data build/shuffled-patches --network mixer conv
-	$(ORDER) --results results/recipe/shuffled-pixels --data build/shuffled-pixels --network mixer conv
+	$(ORDER) --seeds 0 1 --results results/recipe --network conv
+	$(ORDER) --seeds 0 1 --results results/recipe/shuffled-patches --data build/shuffled-patches --network mixer conv
+	$(ORDER) --seeds 0 1 --results results/recipe/shuffled-pixels --data build/shuffled-pixels --network mixer conv
+	$(MIXERS_AGAIN) --results results/recipe
+	$(MIXERS_AGAIN) --results results/recipe/shuffled-patches --data build/shuffled-patches
+	$(CONVNETS_AGAIN) --results results/recipe
+	$(CONVNETS_AGAIN) --results results/recipe/shuffled-patches --data build/shuffled-patches
 
 # For students that are tried on the validation split: `--recipe distilled --teacher conv-validation --validation yes`.
 results/teachers/conv-validation.safetensors: .venv/installed

@@ -83,7 +83,8 @@ def test_make_recipe():
     sets = cells("recipe", "recipes", "sets")
     own = [*sets["recipes"].values(), sets["teacher"], *sets["ablation"].values(), *sets["peers"].values()]
     wanted = {(RESULTS / "recipe", config) for configs in own for config in configs}
-    ordered = [config for configs in sets["ordered"].values() for config in configs]
-    wanted |= {(folder, config) for folder, config in itertools.product(sets["folders"].values(), ordered)}
+    for networks, orders in sets["shuffles"]:
+        shuffled = [config for configs in networks.values() for config in configs]
+        wanted |= {(sets["folders"][which], config) for which, config in itertools.product(orders, shuffled)}
     wanted -= {(RESULTS / "recipe", config) for config in longer(10)}
     assert len(wanted) > 30 and trained("recipe") == wanted
