@@ -10,7 +10,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-CODE := $(wildcard mixer/*.py mixer/*.cpp)
+CODE := $(wildcard mixer/*.py mixer/*/*.py mixer/*/*.cpp)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 RESULTS := $(wildcard results/*.safetensors results/*.json results/*/*.json results/*/*/*.json results/*/*.csv)
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
@@ -46,10 +46,10 @@ data: .venv/installed
 	@$(BIN)/python -m mixer.data
 
 grid: .venv/installed
-	$(BIN)/python -m mixer.grid --seeds 0 1 2
-	$(BIN)/python -m mixer.grid --validation yes
+	$(BIN)/python -m mixer.runner --seeds 0 1 2
+	$(BIN)/python -m mixer.runner --validation yes
 
-SHORT := $(BIN)/python -m mixer.grid --results results/questions --batch-size 256 --seeds 0 1
+SHORT := $(BIN)/python -m mixer.runner --results results/questions --batch-size 256 --seeds 0 1
 PATCHES := $(SHORT) --num-epochs 10 --lr 0.01 --dropout 0.1 --patch-size
 LEFT_OUT := $(SHORT) --num-epochs 8 --dropout 0.1
 questions: .venv/installed
@@ -64,23 +64,23 @@ questions: .venv/installed
 	$(LEFT_OUT) --initialisation pytorch
 	$(LEFT_OUT) --inputs scaled
 	$(SHORT) --seeds 0 --dropout 0.1 --gelu tanh
-	$(BIN)/python -m mixer.gradients
+	$(BIN)/python -m mixer.studies.gradients
 
 # The weights of the last epoch of a recipe's run with seed 0, under the name by which others find them; where they are here.
 keep = weights="results/recipe/weights/$$($(BIN)/python -c \
 	"import mixer; print(mixer.grid(recipe='$(1)', $(3))[0].name)").last.safetensors"; \
 	if [ -e "$$weights" ]; then mkdir -p $(dir $(2)) && cp "$$weights" $(2); fi
 
-RECIPE := $(BIN)/python -m mixer.grid --results results/recipe --recipe
+RECIPE := $(BIN)/python -m mixer.runner --results results/recipe --recipe
 PEER := $(RECIPE) modern --seeds 0 1 --num-epochs 20 --whiten no --initialisation flax --network
 WITHOUT := $(RECIPE) modern --seeds 0 1 --num-epochs 20
-ORDER := $(BIN)/python -m mixer.grid --batch-size 256 --num-epochs 10 --lr 0.01 --dropout 0.1
+ORDER := $(BIN)/python -m mixer.runner --batch-size 256 --num-epochs 10 --lr 0.01 --dropout 0.1
 MIXERS_AGAIN := $(ORDER) --seeds 3 4 5 6 7 8 9
 CONVNETS_AGAIN := $(ORDER) --seeds 3 4 5 --network conv
 recipe: .venv/installed
 	$(RECIPE) modern --seeds 0 1 2
 	$(call keep,modern,results/recipe.safetensors)
-	$(BIN)/python -m mixer.labels
+	$(BIN)/python -m mixer.studies.label_errors
 	$(RECIPE) teacher
 	$(call keep,teacher,results/teachers/conv.safetensors)
 	$(RECIPE) distilled --seeds 0 1 2
@@ -98,7 +98,7 @@ recipe: .venv/installed
 	$(WITHOUT) --label-smoothing 0
 	$(WITHOUT) --whiten no
 	$(WITHOUT) --initialisation flax
-	$(BIN)/python -m mixer.shuffle build
+	$(BIN)/python -m mixer.studies.shuffle build
 	$(ORDER) --seeds 0 1 --results results/recipe --network conv
 	$(ORDER) --seeds 0 1 --results results/recipe/shuffled-patches --data build/shuffled-patches --network mixer conv
 	$(ORDER) --seeds 0 1 --results results/recipe/shuffled-pixels --data build/shuffled-pixels --network mixer conv
@@ -114,10 +114,10 @@ results/teachers/conv-validation.safetensors: .venv/installed
 	$(call keep,teacher,$@,validation=True)
 
 bench: .venv/installed-dev
-	$(BIN)/python -m mixer.bench
+	$(BIN)/python -m mixer.studies.bench
 
 speedrun: .venv/installed-dev
-	$(BIN)/python -m mixer.speedrun
+	$(BIN)/python -m mixer.studies.speedrun
 
 # The notebooks are run into build/: what is committed stays as it is. They write figures/, report/generated/ and the
 # tables of README.md.

@@ -28,14 +28,14 @@ def _ctrl_c_stops_at_once() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-# `python -m mixer.grid` runs a module that is imported here already; Python warns of it, and it does no harm.
+# `python -m mixer.runner` runs a module that is imported here already; Python warns of it, and it does no harm.
 warnings.filterwarnings("ignore", r"'mixer\.\w+' found in sys.modules", RuntimeWarning)
 
 with _ctrl_c_stops_at_once():
     from mixer.config import Config
-    from mixer.grid import grid, histories, run_grid
     from mixer.model import MixerBlock, MlpMixer
     from mixer.predict import classify
+    from mixer.runner import grid, histories, run_grid
     from mixer.runs import train
 
 __all__ = ["Config", "MixerBlock", "MlpMixer", "classify", "grid", "histories", "run_grid", "train"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from mixer.optimisers import OPTIMISERS, SCHEDULES
+from mixer.optim import OPTIMISERS, SCHEDULES
 
 # Named configs: what differs from the coursework's.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -29,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "average": 0.998,
     },
-    # The coursework's accuracy as soon as can be (mixer.speedrun).
+    # The coursework's accuracy as soon as can be (mixer.studies.speedrun).
     "speedrun": {
         "lr": 0.06,
         "batch_size": 1024,

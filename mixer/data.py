@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
-from mixer.fetch import SHA256, DataError, absolute, content_of, prepare, sha256_of
+from mixer.download import SHA256, DataError, absolute, content_of, prepare, sha256_of
 
 CLASSES = tuple(FashionMNIST.classes)
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the 60,000 training images, on a scale of 0 to 1

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixer.dropout import Dropout
-from mixer.fused import mixing, operator_computes
+from mixer.kernels.dropout import Dropout
+from mixer.kernels.fused import mixing, operator_computes
 
 
 def uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.Module:
@@ -152,7 +152,7 @@ class MlpMixer(nn.Module):
     """The coursework's model: 947,682 parameters with the default sizes.
 
     ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too; what
-    computes the blocks can be given with them, as ``mixer.graphs`` does.
+    computes the blocks can be given with them, as ``mixer.kernels.graphs`` does.
     ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU, draws the initial
     weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does, as it has to under
     ``torch.utils.checkpoint``, which knows no other. The rest is as in ``MixerBlock``; the head is zero at first,

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
-from mixer import fused
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
-from mixer.grid import RESULTS
+from mixer.kernels import fused
 from mixer.model import MlpMixer, count_patches
+from mixer.runner import RESULTS
 
 WEIGHTS = RESULTS / "best.safetensors"
 _FASHION_MNIST = {"data": "Fashion-MNIST", "image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}

@@ -16,8 +16,8 @@ import numpy
 import torch
 import torchvision
 
-from mixer import fused
 from mixer.config import Config
+from mixer.kernels import fused
 
 RECORD_FORMAT = 1
 
@@ -117,10 +117,11 @@ def write_record(record: Record, path: Path) -> None:
 
 _PACKAGE = Path(__file__).parent
 _CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
-# What a run's bits depend on.
-_DECISIVE = (
-    *("model.py", "dropout.py", "fused.py", "fused.cpp", "build.py", "graphs.py", "peers.py"),
-    *("optimisers.py", "train.py", "teacher.py", "data.py"),
+# What a run's bits depend on: the core and the kernels.
+_DECISIVE = sorted(
+    str(path.relative_to(_PACKAGE))
+    for pattern in ("*.py", "kernels/*.py", "kernels/*.cpp")
+    for path in _PACKAGE.glob(pattern)
 )
 
 

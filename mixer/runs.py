@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mixer import data as fashion_mnist
-from mixer import fused
 from mixer.config import Config
 from mixer.data import Data
+from mixer.distillation import Teacher
+from mixer.kernels import fused
 from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, seal, unseal, write_whole
-from mixer.teacher import Teacher
-from mixer.train import Diverged, Network, Training, find_device, find_precision, part_of
+from mixer.training import Diverged, Network, Training, find_device, find_precision, part_of
 
 CHECKPOINT_FORMAT = 3
 

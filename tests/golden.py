@@ -63,7 +63,7 @@ def golden(eager: bool) -> dict[str, str]:
     from mixer import Config, train
     from mixer.config import RECIPES
     from mixer.data import load
-    from mixer.train import find_precision
+    from mixer.training import find_precision
 
     data = load()
     data = replace(data.first(2000), test_images=data.test_images[:500], test_labels=data.test_labels[:500])
@@ -73,7 +73,7 @@ def golden(eager: bool) -> dict[str, str]:
     answers = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MIXER_DATA"] = folder  # where a teacher's answers are kept
-        from mixer import teacher as distillation
+        from mixer import distillation
 
         distillation.WEIGHTS = Path(folder)
         for name, changes in configs(eager).items():

@@ -13,7 +13,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from mixer import build
+from mixer.kernels import build
 
 REPOSITORY = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the scripts here are for a POSIX shell")
@@ -26,7 +26,7 @@ as_root = pytest.mark.skipif(
 )
 SHOW = """
 import logging
-from mixer import build
+from mixer.kernels import build
 logging.basicConfig(format="%(levelname)s %(name)s %(message)s")
 library = build.library()
 print(library and library._name)
@@ -525,7 +525,7 @@ def test_names_that_the_locale_cannot_say(tmp_path, copying):
 def test_a_forked_process_has_it_too(tmp_path, copying):
     code = """if True:
         import os
-        from mixer import build
+        from mixer.kernels import build
         wanted = build.library().mixing_has_bfloat16()
         child = os.fork()
         assert build.library().mixing_has_bfloat16() == wanted

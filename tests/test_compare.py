@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mixer.compare import by_set, compare, outcomes
 from mixer.config import Config
+from mixer.reporting.compare import by_set, compare, outcomes
 
 
 def record(config: Config, *accuracies: float) -> dict:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mixer.config import Config
-from mixer.optimisers import OPTIMISERS, SCHEDULES
+from mixer.optim import OPTIMISERS, SCHEDULES
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mixer import data as module
-from mixer import fetch
+from mixer import download as fetch
 from mixer.data import SHA256, Data, DataError, load_folder, normalise, validation_split
 
 NAMES = tuple(SHA256)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixer.dropout import Dropout, dropout_scale
+from mixer.kernels.dropout import Dropout, dropout_scale
 
 
 def test_the_right_mean_and_variance():

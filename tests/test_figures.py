@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from mixer import figures
 from mixer.data import CLASSES
-from mixer.grid import grid, histories, run_grid
 from mixer.model import MlpMixer
+from mixer.reporting import figures
+from mixer.runner import grid, histories, run_grid
 
 
 def curves(num_epochs: int, configs=None) -> pd.DataFrame:

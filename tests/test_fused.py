@@ -22,8 +22,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from mixer import build, dropout, fused
-from mixer.dropout import Dropout
+from mixer.kernels import build, dropout, fused
+from mixer.kernels.dropout import Dropout
 from mixer.model import MixerBlock, MlpMixer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -478,7 +478,8 @@ def test_what_is_written_in_the_source_is_what_runs(tmp_path, edit):
     (tmp_path / "mixer" / file).write_text(text.replace(old, new))
     code = """if True:
         import torch
-        from mixer import MlpMixer, fused
+        from mixer import MlpMixer
+        from mixer.kernels import fused
         blocks = MlpMixer(num_blocks=2).blocks
         print(fused.path(blocks, torch.device("cpu"), "float32"))"""
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
@@ -982,7 +983,7 @@ def test_only_the_calling_thread_takes_one_thread():
 def test_a_forked_process_computes_too():
     code = """if True:
         import os, threading, torch
-        from mixer.fused import fused
+        from mixer.kernels.fused import fused
         from mixer.model import MlpMixer
         torch.set_num_threads(2)
 

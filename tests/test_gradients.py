@@ -8,10 +8,10 @@ from conftest import first_images
 
 from mixer.config import Config
 from mixer.data import normalise
-from mixer.gradients import gradient_norms, measure
-from mixer.grid import weights_path
 from mixer.model import MlpMixer
+from mixer.runner import weights_path
 from mixer.runs import train
+from mixer.studies.gradients import gradient_norms, measure
 
 SMALL = {"num_blocks": 3, "patches_mlp_dim": 32, "channels_mlp_dim": 32, "dropout_p": 0.5}
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mixer.config import Config
 from mixer.data import normalise
-from mixer.dropout import dropout_scale
-from mixer.graphs import Replayed, draw_seeds, replayed, seeded_block
+from mixer.kernels.dropout import dropout_scale
+from mixer.kernels.graphs import Replayed, draw_seeds, replayed, seeded_block
 from mixer.model import MixerBlock, MlpMixer
-from mixer.train import Training, autocast
+from mixer.training import Training, autocast
 
 CPU = torch.device("cpu")
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -17,10 +17,12 @@ import pytest
 import safetensors.torch
 
 from mixer import data as fashion_mnist
+from mixer import distillation as teacher
 from mixer import grid as grid_function
-from mixer import run_grid, teacher
+from mixer import run_grid
 from mixer.config import Config
-from mixer.grid import (
+from mixer.records import RecordError, best_epoch, read_record
+from mixer.runner import (
     GridError,
     best,
     coursework,
@@ -31,11 +33,10 @@ from mixer.grid import (
     record_path,
     weights_path,
 )
-from mixer.records import RecordError, best_epoch, read_record
 from mixer.runs import last_weights, train
 from mixer.workers import WorkerError, Workers
 
-module = sys.modules["mixer.grid"]  # the package's `grid` is the function
+module = sys.modules["mixer.runner"]  # the package's `grid` is the function
 ROOT = Path(__file__).parent.parent
 TWO = [Config(lr, 0.1, 64, 1, limit=128) for lr in (0.01, 0.001)]
 
@@ -293,7 +294,7 @@ def test_a_dask_worker_of_several_threads_trains_the_same_records(tmp_path):
 
 def command(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "mixer.grid", *map(str, arguments)],
+        [sys.executable, "-m", "mixer.runner", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -339,7 +340,7 @@ def test_a_stopped_grid_leaves_no_process_and_goes_on_later(tmp_path, stop, whom
     """Two jobs, stopped while both are being trained."""
     options = "--lr 0.01 --dropout 0.1 --batch-size 64 --seeds 0 1 2 --num-epochs 400 --limit 512 --num-blocks 1"
     process = subprocess.Popen(
-        [sys.executable, "-m", "mixer.grid", *options.split(), "--jobs", "2", "--results", str(tmp_path)],
+        [sys.executable, "-m", "mixer.runner", *options.split(), "--jobs", "2", "--results", str(tmp_path)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -377,7 +378,7 @@ def is_there(group: int) -> bool:
 @pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_cpu"])
 def test_ctrl_c_while_it_is_still_importing(library):
     process = subprocess.Popen(
-        [sys.executable, "-m", "mixer.grid"], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-m", "mixer.runner"], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     while process.poll() is None and library not in Path(f"/proc/{process.pid}/maps").read_text():
         time.sleep(0.005)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import first_images
 
-from mixer import labels
 from mixer.config import RECIPES, Config
 from mixer.data import Data, normalise
-from mixer.grid import weights_path
-from mixer.labels import disputed
 from mixer.model import MlpMixer
 from mixer.predict import load_model
+from mixer.runner import weights_path
 from mixer.runs import last_weights, train
+from mixer.studies import label_errors as labels
+from mixer.studies.label_errors import disputed
 
 SMALL = {"num_blocks": 1, "patches_mlp_dim": 32, "channels_mlp_dim": 32}
 

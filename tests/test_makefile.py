@@ -13,8 +13,8 @@ import pytest
 
 from mixer import grid as make_grid
 from mixer.config import Config
-from mixer.grid import RESULTS, _parser
-from mixer.report import PROJECT
+from mixer.reporting.pages import PROJECT
+from mixer.runner import RESULTS, _parser
 
 Run = tuple[Path, Config]  # where its record lies
 
@@ -24,7 +24,7 @@ def trained(target: str) -> set[Run]:
     make = subprocess.run(["make", "--dry-run", target], cwd=PROJECT, capture_output=True, text=True, check=True)
     runs = set()
     for line in make.stdout.splitlines():
-        _, module, options = line.partition("-m mixer.grid ")
+        _, module, options = line.partition("-m mixer.runner ")
         if module:
             values = vars(_parser().parse_args(shlex.split(options)))
             folder = PROJECT / values.pop("results")

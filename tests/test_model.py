@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixer.dropout import dropout_scale
+from mixer.kernels.dropout import dropout_scale
 from mixer.model import MixerBlock, MlpMixer
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import first_images
 
+from mixer.baselines import ConvNet, PlainMlp
 from mixer.config import Config
 from mixer.model import MlpMixer
-from mixer.peers import ConvNet, PlainMlp
 from mixer.runs import train
 
 

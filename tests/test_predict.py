@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from mixer.baselines import ConvNet, PlainMlp
 from mixer.config import Config
 from mixer.data import CLASSES, Data, normalise
 from mixer.model import MlpMixer
-from mixer.peers import ConvNet, PlainMlp
 from mixer.predict import WEIGHTS, classify, load_model, prepare
 from mixer.runs import last_weights, train
 

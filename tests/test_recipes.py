@@ -8,10 +8,10 @@ from conftest import first_images
 
 from mixer.config import RECIPES, Config
 from mixer.data import cut_out, draw_views, load, normalise, view
-from mixer.grid import grid
-from mixer.optimisers import OPTIMISERS
+from mixer.optim import OPTIMISERS
+from mixer.runner import grid
 from mixer.runs import train
-from mixer.train import Training, part_of
+from mixer.training import Training, part_of
 
 CPU = torch.device("cpu")
 SMALL = {"batch_size": 64, "num_blocks": 2, "patches_mlp_dim": 64, "channels_mlp_dim": 32}

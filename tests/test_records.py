@@ -14,8 +14,8 @@ import pytest
 
 from mixer import records, run_grid
 from mixer.config import Config
-from mixer.grid import GridError
 from mixer.records import RecordError, check_writable, read_record, write_record, write_whole
+from mixer.runner import GridError
 
 ROOT = Path(__file__).parent.parent
 CONFIG = Config(num_epochs=2)

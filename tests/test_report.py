@@ -11,9 +11,10 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from mixer import figures, report
-from mixer.grid import RESULTS
-from mixer.report import PROJECT, Pages, pages_of
+from mixer.reporting import figures
+from mixer.reporting import pages as report
+from mixer.reporting.pages import PROJECT, Pages, pages_of
+from mixer.runner import RESULTS
 
 TEX = (PROJECT / "report" / "report.tex").read_text()
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))

@@ -24,14 +24,15 @@ import torch
 from conftest import first_images
 
 from mixer import data as fashion_mnist
-from mixer import fused, runs
+from mixer import runs
 from mixer.config import Config
 from mixer.data import Data
+from mixer.kernels import fused
 from mixer.model import MlpMixer
 from mixer.predict import load_model
 from mixer.records import best_epoch
 from mixer.runs import Interrupted, _Run, last_weights, train
-from mixer.train import Training, find_precision, predict
+from mixer.training import Training, find_precision, predict
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -349,7 +350,7 @@ def test_weights_that_cannot_be_written_after_all_cost_no_training(few, tmp_path
 def test_killed_at_random_moments_it_ends_with_the_same_record(tmp_path, uninterrupted):
     """Real processes, real SIGKILLs, until one of them gets to the end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mixer.grid"])
+    context.set_forkserver_preload(["mixer.runner"])
     moments = random.Random(0)
     outcome = tmp_path / "record.json"
     kills = 0

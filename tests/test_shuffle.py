@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import first_images
 
-from mixer import shuffle as module
 from mixer.data import load_folder, normalise
 from mixer.model import MlpMixer
-from mixer.shuffle import SIDES, order, shuffle
+from mixer.studies import shuffle as module
+from mixer.studies.shuffle import SIDES, order, shuffle
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 14])

@@ -8,9 +8,9 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from mixer import speedrun
 from mixer.config import RECIPES, Config
 from mixer.runs import Interrupted, train
+from mixer.studies import speedrun
 
 SMALL = {"num_epochs": 2, "batch_size": 64, "num_blocks": 1, "patches_mlp_dim": 64, "channels_mlp_dim": 32}
 

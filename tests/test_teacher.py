@@ -7,13 +7,13 @@ import torch
 from conftest import first_images
 from safetensors.torch import load, save
 
-from mixer import teacher
+from mixer import distillation as teacher
+from mixer.baselines import ConvNet
 from mixer.config import Config
 from mixer.data import normalise, view
-from mixer.peers import ConvNet
+from mixer.distillation import Teacher, distillation
 from mixer.runs import last_weights, train
-from mixer.teacher import Teacher, distillation
-from mixer.train import Training, part_of
+from mixer.training import Training, part_of
 
 CPU = torch.device("cpu")
 SHORT = {"batch_size": 50, "num_epochs": 2}
@@ -72,7 +72,7 @@ def test_its_answer_is_to_the_very_image_that_the_student_sees(hundred, taught, 
         asked.append(of_teacher)
         return logits.sum()
 
-    monkeypatch.setattr(sys.modules["mixer.train"], "distillation", loss)  # the package's `train` is the function
+    monkeypatch.setattr(sys.modules["mixer.training"], "distillation", loss)  # the package's `train` is the function
     training._forward(torch.arange(30, 80))
     views = torch.stack([view(hundred.train_images[30:80], torch.full((50,), number), 1) for number in range(18)])
     views = normalise(views.flatten(0, 1), hundred.pixel_mean, hundred.pixel_std)

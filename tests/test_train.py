@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import first_images
 
-from mixer import fused
 from mixer.config import Config
+from mixer.kernels import fused
 from mixer.model import MlpMixer
-from mixer.train import Diverged, Training, find_device, find_precision, part_of, predict
+from mixer.training import Diverged, Training, find_device, find_precision, part_of, predict
 
 CPU = torch.device("cpu")
 SHORT = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, num_blocks=2)

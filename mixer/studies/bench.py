@@ -1,7 +1,7 @@
 """What the fast path is worth on this machine, measured beside its peers.
 
-    python -m mixer.bench               about a quarter of an hour; a file in results/bench/, shown by speed.ipynb
-    python -m mixer.bench --quick       some minutes, to see that it works: writes nothing
+    python -m mixer.studies.bench               about a quarter of an hour; a file in results/bench/, shown by speed.ipynb
+    python -m mixer.studies.bench --quick       some minutes, to see that it works: writes nothing
 
 All variants train on the same batches in one process, in alternation, so that whatever else the machine does hits
 them alike. A step is what training does: normalised images in, forward, cross-entropy, backward, Adam. FLOP are those
@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixer import build, fused
 from mixer.config import Config
-from mixer.graphs import Replayed
-from mixer.grid import LRS, RESULTS, grid
+from mixer.kernels import build, fused
+from mixer.kernels.graphs import Replayed
 from mixer.model import MixerBlock, MlpMixer
 from mixer.records import check_writable, environment, write_whole
-from mixer.train import find_device, find_precision
+from mixer.runner import LRS, RESULTS, grid
+from mixer.training import find_device, find_precision
 
 FOLDER = RESULTS / "bench"
 TRAIN_IMAGES = 60_000
@@ -196,8 +196,8 @@ def throughput(dropout_p: float, start: float, seconds: float) -> float:
 
 def _child(threads: int, *arguments: object) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "mixer.bench", "--child", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    command = [sys.executable, "-m", "mixer.studies.bench", "--child", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
 
 
 def _answer(child: subprocess.Popen) -> float | None:
@@ -341,7 +341,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mixer.bench", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m mixer.studies.bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="some minutes, to see that it works; writes nothing")
     parser.add_argument("--device", help="cpu, cuda; found when not given")
     parser.add_argument("--variants", nargs="+", choices=LABELS, default=list(LABELS), metavar="VARIANT",

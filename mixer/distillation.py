@@ -20,9 +20,9 @@ from safetensors.torch import load
 from torch import Tensor
 from tqdm import tqdm
 
+from mixer.baselines import ConvNet
 from mixer.data import Data, normalise, view
-from mixer.fetch import data_folder
-from mixer.peers import ConvNet
+from mixer.download import data_folder
 from mixer.records import check_writable, seal, unseal, write_whole
 
 WEIGHTS = Path(__file__).parent.parent / "results" / "teachers"

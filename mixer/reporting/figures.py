@@ -26,7 +26,7 @@ from mixer.data import CLASSES
 from mixer.model import MlpMixer
 from mixer.records import write_whole
 
-FIGURES = Path(__file__).parent.parent / "figures"
+FIGURES = Path(__file__).parents[2] / "figures"
 WIDTH = 6.3  # inches: the text width of report.tex, so that a font size here is a font size there
 
 BLUE, ORANGE = "#1F4E8C", "#E08A00"  # also different greys when printed
@@ -139,7 +139,7 @@ def encode(histories: pd.DataFrame) -> dict[str, tuple[str, dict[object, object]
 def loss(histories: pd.DataFrame) -> Figure:
     """Fig. 1: train and test loss in two panels of one scale, a curve for each set of settings.
 
-    histories: as ``mixer.grid.histories`` gives them. Of several seeds a curve is the mean, in a band from the lowest
+    histories: as ``mixer.runner.histories`` gives them. Of several seeds a curve is the mean, in a band from the lowest
     to the highest.
     """
     with drawing(2.6) as figure:

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from mixer import build
-from mixer import dropout as dropout_module
-from mixer.dropout import Dropout, threshold
+from mixer.kernels import build
+from mixer.kernels import dropout as dropout_module
+from mixer.kernels.dropout import Dropout, threshold
 
 CHANNELS = 16  # what the operator is written for
 EPS = 1e-6  # of its LayerNorms

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixer.dropout import Dropout
+from mixer.kernels.dropout import Dropout
 from mixer.model import initialise, uninitialised
 
 HIDDEN = 654  # 948,310 parameters for Fashion-MNIST

@@ -18,11 +18,11 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from mixer import figures
-from mixer.grid import RESULTS
 from mixer.records import write_whole
+from mixer.reporting import figures
+from mixer.runner import RESULTS
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 
 Formats = Mapping[str, str]  # column -> how its values are written, like "{:.2f}"
 

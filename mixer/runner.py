@@ -1,7 +1,7 @@
 """The parameter grid, the store of finished runs, and what runs the one into the other.
 
-    python -m mixer.grid                the coursework's eight runs, one on every core
-    python -m mixer.grid --help         other values, seeds, sizes, devices
+    python -m mixer.runner                the coursework's eight runs, one on every core
+    python -m mixer.runner --help         other values, seeds, sizes, devices
 
 A finished run is one JSON file in ``results/``. A run that is there is never trained again; one that was cut off
 goes on from its checkpoint. Several grids may work on one folder at the same time.
@@ -30,11 +30,11 @@ from safetensors import SafetensorError, safe_open
 from mixer import data as fashion_mnist
 from mixer.config import RECIPES, Config
 from mixer.data import DataError
-from mixer.fetch import absolute
+from mixer.distillation import weights_of as teacher_weights
+from mixer.download import absolute
 from mixer.records import Record, RecordError, best_epoch, check_writable, read_record, write_record, write_whole
 from mixer.runs import Interrupted, train
-from mixer.teacher import weights_of as teacher_weights
-from mixer.train import find_device, find_precision, part_of
+from mixer.training import find_device, find_precision, part_of
 from mixer.workers import Workers, cores, in_words
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mixer.grid",
+        prog="python -m mixer.runner",
         description="Train a grid of parameter sets, one record a run. What the results folder holds already is not "
         "trained again, and a run that was cut off goes on. Without arguments: the coursework's eight runs. An option "
         "with several values trains every combination.",
@@ -345,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="cuda, mps or cpu; found when not given")
     add("--precision", choices=["bfloat16", "float32"], help="bfloat16 where the hardware has it, when not given")
     add("--data", type=Path, metavar="DIR", help="a data set of your own in Fashion-MNIST's layout, in place of it")
-    # mixer.bench measures that one run a core is faster than one run on all.
+    # mixer.studies.bench measures that one run a core is faster than one run on all.
     add("--jobs", type=int, metavar="N", help="runs at a time, which share a CPU's cores (one a core; on a GPU one)")
     values = parser.add_argument_group("what is varied, and the values when not given").add_argument
     several = {"nargs": "+", "metavar": "X"}
@@ -406,7 +406,7 @@ def _table(records: list[Record]) -> str:
 
 if __name__ == "__main__":
     try:
-        from mixer.grid import main  # one module, not two of the same code
+        from mixer.runner import main  # one module, not two of the same code
 
         main()
     except KeyboardInterrupt:

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mixer import fused
+from mixer.baselines import ConvNet, PlainMlp
 from mixer.config import Config
 from mixer.data import Data, cut_out, draw_views, normalise, validation_split, view
-from mixer.graphs import Replayed, replayed
+from mixer.distillation import Teacher, distillation
+from mixer.kernels import fused
+from mixer.kernels.graphs import Replayed, replayed
 from mixer.model import MlpMixer, count_patches
-from mixer.optimisers import OPTIMISERS, SCHEDULES
-from mixer.peers import ConvNet, PlainMlp
-from mixer.teacher import Teacher, distillation
+from mixer.optim import OPTIMISERS, SCHEDULES
 
 WHITEN_BY = 5000  # images
 EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden layer near 100 MB
@@ -73,7 +73,7 @@ class Training:
 
     @property
     def path(self) -> str:
-        """What computes the blocks in training: "replayed" (``mixer.graphs``), or as ``fused.path`` says."""
+        """What computes the blocks in training: "replayed" (``mixer.kernels.graphs``), or as ``fused.path`` says."""
         if self.network is not self.model:
             return "replayed"
         return fused.path(self.model.blocks, self.device, self.precision)

@@ -1,6 +1,6 @@
 """Training images whose label may be wrong: those that all final models take for the same other class.
 
-    python -m mixer.labels          results/recipe/labels.csv, from the weights that were trained here
+    python -m mixer.studies.label_errors          results/recipe/labels.csv, from the weights that were trained here
 
 The models are those of the recipe "modern", one a seed, after their last epoch. They were trained on these labels, so
 they contradict a label that they were told; whether it is wrong or the image ambiguous is for people to say.
@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 
 from mixer import data as fashion_mnist
-from mixer import fused
 from mixer.data import Data, DataError
-from mixer.grid import RESULTS, grid, weights_path
+from mixer.kernels import fused
 from mixer.model import MlpMixer
 from mixer.predict import load_model
 from mixer.records import write_whole
+from mixer.runner import RESULTS, grid, weights_path
 from mixer.runs import last_weights
-from mixer.train import find_precision, predict
+from mixer.training import find_precision, predict
 
 FOLDER = RESULTS / "recipe"
 SEEDS = (0, 1, 2)

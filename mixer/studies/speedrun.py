@@ -1,9 +1,9 @@
 """Time to the coursework's accuracy: seconds of training until 89.17 % of the test images are classified, measured.
 
-    python -m mixer.speedrun            ten runs of the recipe "speedrun"; a file in results/speedrun/
-    python -m mixer.speedrun --runs 3
+    python -m mixer.studies.speedrun            ten runs of the recipe "speedrun"; a file in results/speedrun/
+    python -m mixer.studies.speedrun --runs 3
 
-One run at a time has the whole machine. Its seconds are those of ``mixer.train`` from the call to the record: building
+One run at a time has the whole machine. Its seconds are those of ``mixer.training`` from the call to the record: building
 the model, augmentation, training, testing after every epoch. Not in them: the data, which are in memory, and what is
 done once in a process, which a short run before them does. The accuracy is that of the last epoch.
 
@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from mixer.bench import LABELS, TRAIN_IMAGES, Trainer, alternate, file_name
 from mixer.config import RECIPES, Config
 from mixer.data import Data, DataError, load
-from mixer.grid import RESULTS, read_records
 from mixer.records import Record, check_writable, environment, write_whole
+from mixer.runner import RESULTS, read_records
 from mixer.runs import train
-from mixer.train import find_device, find_precision
+from mixer.studies.bench import LABELS, TRAIN_IMAGES, Trainer, alternate, file_name
+from mixer.training import find_device, find_precision
 
 FOLDER = RESULTS / "speedrun"
 TARGET = 0.8917
@@ -118,7 +118,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mixer.speedrun", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m mixer.studies.speedrun", description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=10, metavar="N", help="with the seeds from 0 on; 2 or more (10)")
     parser.add_argument("--device", help="cpu, cuda; found when not given")
     options = parser.parse_args(arguments)

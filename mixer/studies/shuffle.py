@@ -1,8 +1,8 @@
 """Fashion-MNIST with the patches of every image, or its pixels, in another order, the same for all of them.
 
-    python -m mixer.shuffle FOLDER      writes FOLDER/shuffled-patches and FOLDER/shuffled-pixels
+    python -m mixer.studies.shuffle FOLDER      writes FOLDER/shuffled-patches and FOLDER/shuffled-pixels
 
-These are data sets in Fashion-MNIST's layout: ``python -m mixer.grid --data FOLDER/shuffled-patches`` trains on one.
+These are data sets in Fashion-MNIST's layout: ``python -m mixer.runner --data FOLDER/shuffled-patches`` trains on one.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixer import data as fashion_mnist
 from mixer.data import Data, DataError, idx_file
-from mixer.fetch import SHA256
+from mixer.download import SHA256
 from mixer.records import write_whole
 
 SIDES = {"shuffled-patches": 4, "shuffled-pixels": 1}  # of the squares that keep their pixels
@@ -48,7 +48,7 @@ def write(data: Data, folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mixer.shuffle", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m mixer.studies.shuffle", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the two data sets go, 50 MB each")
     folder = parser.parse_args(arguments).folder
     try:

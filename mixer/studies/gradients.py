@@ -1,6 +1,6 @@
 """How much of the loss's gradient reaches each block: what is asked of skip connections.
 
-python -m mixer.gradients       results/questions/gradients.csv, from the weights that were trained here
+python -m mixer.studies.gradients       results/questions/gradients.csv, from the weights that were trained here
 """
 
 import contextlib
@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixer import data as fashion_mnist
-from mixer import fused
 from mixer.data import Data, DataError, normalise
-from mixer.grid import RESULTS
+from mixer.kernels import fused
 from mixer.model import MlpMixer
 from mixer.predict import load_with_origin
 from mixer.records import write_whole
+from mixer.runner import RESULTS
 
 IMAGES = 1000  # the first of the training images
 _BATCH = 100  # whose hidden layers stay in cache
