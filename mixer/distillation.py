@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mixer.baselines import ConvNet
 from mixer.data import Data, normalise, view
 from mixer.download import data_folder
-from mixer.records import check_writable, seal, unseal, write_whole
+from mixer.files import check_writable, seal, unseal, write_whole
 
 WEIGHTS = Path(__file__).parent.parent / "results" / "teachers"
 

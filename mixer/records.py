@@ -1,14 +1,11 @@
 """Records: what a finished run leaves, as JSON, and where it comes from. Written whole, checked when read."""
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 import torchvision
 
 from mixer.config import Config
+from mixer.files import write_whole
 from mixer.kernels import fused
 
 RECORD_FORMAT = 1
@@ -174,61 +172,3 @@ def _commit() -> str:
 # Asked when the code is loaded: while a run is trained for hours, files and commits move on.
 _COMMIT = _commit()
 _CODE = hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name in _DECISIVE)).hexdigest()
-
-# Files
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all, also when the disk is full or the process is killed."""
-    incoming = _incoming(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with incoming.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        incoming.replace(path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "make room and run again" if full else "give another place"
-        raise OSError(f"{path} cannot be written ({error.strerror or error}): {advice}.") from error
-    finally:
-        _discard(incoming)
-
-
-def seal(content: bytes | memoryview) -> bytes:
-    """The content with its SHA-256 behind it."""
-    return b"".join((content, hashlib.sha256(content).digest()))
-
-
-def unseal(content: bytes) -> bytes:
-    """What was sealed. Raises ValueError where it is not as it was."""
-    content, digest = content[:-32], content[-32:]
-    if hashlib.sha256(content).digest() != digest:
-        raise ValueError("it is damaged or something else")
-    return content
-
-
-def check_writable(path: Path) -> None:
-    """Raises OSError in one sentence where ``write_whole`` would, but for want of room."""
-    if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for, a device be replaced
-        kind = "a folder" if path.is_dir() else "no file"
-        raise OSError(f"{path} cannot be written, because it is {kind}: give the name of a file.")
-    incoming = _incoming(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        incoming.open("ab").close()
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror or error}): give another place.") from error
-    finally:
-        _discard(incoming)
-
-
-def _incoming(path: Path) -> Path:
-    """Of this thread alone, so that two that write the same file do not spoil it."""
-    return path.with_name(f".{path.name}.{threading.get_native_id()}.incoming")
-
-
-def _discard(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)

@@ -32,7 +32,8 @@ from mixer.config import RECIPES, Config
 from mixer.data import DataError
 from mixer.distillation import weights_of as teacher_weights
 from mixer.download import absolute
-from mixer.records import Record, RecordError, best_epoch, check_writable, read_record, write_record, write_whole
+from mixer.files import check_writable, write_whole
+from mixer.records import Record, RecordError, best_epoch, read_record, write_record
 from mixer.runs import Interrupted, train
 from mixer.training import find_device, find_precision, part_of
 from mixer.workers import Workers, cores, in_words

@@ -25,8 +25,9 @@ from mixer import data as fashion_mnist
 from mixer.config import Config
 from mixer.data import Data
 from mixer.distillation import Teacher
+from mixer.files import check_writable, seal, unseal, write_whole
 from mixer.kernels import fused
-from mixer.records import RECORD_FORMAT, Record, best_epoch, check_writable, environment, seal, unseal, write_whole
+from mixer.records import RECORD_FORMAT, Record, best_epoch, environment
 from mixer.training import Diverged, Network, Training, find_device, find_precision, part_of
 
 CHECKPOINT_FORMAT = 3

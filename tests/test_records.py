@@ -14,7 +14,8 @@ import pytest
 
 from mixer import records, run_grid
 from mixer.config import Config
-from mixer.records import RecordError, check_writable, read_record, write_record, write_whole
+from mixer.files import check_writable, write_whole
+from mixer.records import RecordError, read_record, write_record
 from mixer.runner import GridError
 
 ROOT = Path(__file__).parent.parent

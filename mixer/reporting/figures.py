@@ -23,8 +23,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from statsmodels.stats.proportion import proportion_confint
 
 from mixer.data import CLASSES
+from mixer.files import write_whole
 from mixer.model import MlpMixer
-from mixer.records import write_whole
 
 FIGURES = Path(__file__).parents[2] / "figures"
 WIDTH = 6.3  # inches: the text width of report.tex, so that a font size here is a font size there

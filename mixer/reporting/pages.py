@@ -18,7 +18,7 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from mixer.records import write_whole
+from mixer.files import write_whole
 from mixer.reporting import figures
 from mixer.runner import RESULTS
 

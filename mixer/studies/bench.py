@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixer.config import Config
+from mixer.files import check_writable, write_whole
 from mixer.kernels import build, fused
 from mixer.kernels.graphs import Replayed
 from mixer.model import MixerBlock, MlpMixer
-from mixer.records import check_writable, environment, write_whole
+from mixer.records import environment
 from mixer.runner import LRS, RESULTS, grid
 from mixer.training import find_device, find_precision
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mixer import data as fashion_mnist
 from mixer.data import Data, DataError, normalise
+from mixer.files import write_whole
 from mixer.kernels import fused
 from mixer.model import MlpMixer
 from mixer.predict import load_with_origin
-from mixer.records import write_whole
 from mixer.runner import RESULTS
 
 IMAGES = 1000  # the first of the training images

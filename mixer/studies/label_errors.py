@@ -14,10 +14,10 @@ import torch
 
 from mixer import data as fashion_mnist
 from mixer.data import Data, DataError
+from mixer.files import write_whole
 from mixer.kernels import fused
 from mixer.model import MlpMixer
 from mixer.predict import load_model
-from mixer.records import write_whole
 from mixer.runner import RESULTS, grid, weights_path
 from mixer.runs import last_weights
 from mixer.training import find_precision, predict

@@ -16,7 +16,7 @@ from torch import Tensor
 from mixer import data as fashion_mnist
 from mixer.data import Data, DataError, idx_file
 from mixer.download import SHA256
-from mixer.records import write_whole
+from mixer.files import write_whole
 
 SIDES = {"shuffled-patches": 4, "shuffled-pixels": 1}  # of the squares that keep their pixels
 

@@ -27,7 +27,8 @@ import torch
 
 from mixer.config import RECIPES, Config
 from mixer.data import Data, DataError, load
-from mixer.records import Record, check_writable, environment, write_whole
+from mixer.files import check_writable, write_whole
+from mixer.records import Record, environment
 from mixer.runner import RESULTS, read_records
 from mixer.runs import train
 from mixer.studies.bench import LABELS, TRAIN_IMAGES, Trainer, alternate, file_name

@@ -1,0 +1,74 @@
+"""Files that are whole or not there, also when the disk fills up or the process is killed."""
+
+import contextlib
+import errno
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent
+
+
+def expand(path: Path | str) -> Path:
+    """An absolute path, with ``~`` for the home folder: for every path that a user gives. Raises OSError."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError:
+        raise OSError(f"{path} begins with a home folder that does not exist: give another path.") from None
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file whole or not at all. Raises OSError in one sentence."""
+    incoming = _incoming(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with incoming.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        incoming.replace(path)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room and run again" if full else "give another place"
+        raise OSError(f"{path} cannot be written ({error.strerror or error}): {advice}.") from error
+    finally:
+        _discard(incoming)
+
+
+def check_writable(path: Path) -> None:
+    """Raise the OSError that ``write_whole`` would raise, before hours of training; a full disk is not noticed."""
+    if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for, a device be replaced
+        kind = "a folder" if path.is_dir() else "not a regular file"
+        raise OSError(f"{path} cannot be written, because it is {kind}: give another name.")
+    incoming = _incoming(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        incoming.open("ab").close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error}): give another place.") from error
+    finally:
+        _discard(incoming)
+
+
+def seal(content: bytes | memoryview) -> bytes:
+    """The content with its SHA-256 behind it."""
+    return b"".join((content, hashlib.sha256(content).digest()))
+
+
+def unseal(content: bytes) -> bytes:
+    """The content of a sealed file. Raises ValueError where a bit of it has changed."""
+    content, digest = content[:-32], content[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("it is damaged or something else")
+    return content
+
+
+def _incoming(path: Path) -> Path:
+    """One name a thread, so that two writers of the same file do not spoil it."""
+    return path.with_name(f".{path.name}.{threading.get_native_id()}.incoming")
+
+
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
