@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
 
@@ -134,37 +133,6 @@ def normalise(images: Tensor, mean: float = PIXEL_MEAN, std: float = PIXEL_STD) 
     """uint8 (B, H, W) from 0 to 255 -> float32 (B, 1, H, W) of mean 0 and variance 1 over the training set."""
     scale, offset = 1 / (255 * std), -mean / std
     return images.unsqueeze(1).to(torch.float32).mul_(scale).add_(offset)
-
-
-def draw_views(count: int, generator: torch.Generator, flip: bool, shift: int) -> Tensor:
-    """For each of ``count`` images one of its views, by its number, int64: mirrored or not, moved by 0 to 2·shift."""
-    side = 2 * shift + 1
-    down, right = torch.randint(side, (2, count), generator=generator) if shift else torch.zeros(2, count).long()
-    mirrored = (torch.rand(count, generator=generator) < 0.5).long() if flip else torch.zeros(count).long()
-    return (mirrored * side + down) * side + right
-
-
-def view(images: Tensor, views: Tensor, shift: int) -> Tensor:
-    """The views of images (B, H, W): mirrored left to right, then moved by up to ``shift`` pixels.
-
-    What moves in is 0, as Fashion-MNIST's background.
-    """
-    count, height, width = images.shape
-    side = 2 * shift + 1
-    mirrored, down, right = (part[:, None] for part in (views // side**2, views // side % side, views % side))
-    rows, columns = torch.arange(height) + down, torch.arange(width) + right
-    columns = torch.where(mirrored > 0, columns.flip(1), columns)
-    index = torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    return F.pad(images, (shift,) * 4)[tuple(part.to(images.device) for part in index)]
-
-
-def cut_out(images: Tensor, generator: torch.Generator, side: int) -> Tensor:
-    """Images (B, H, W) without a square around any pixel, each without its own (DeVries and Taylor 2017)."""
-    count, height, width = images.shape
-    top, left = (torch.randint(size, (count, 1), generator=generator) - side // 2 for size in (height, width))
-    down, right = torch.arange(height) - top, torch.arange(width) - left
-    cut = ((down >= 0) & (down < side))[:, :, None] & ((right >= 0) & (right < side))[:, None, :]
-    return images.masked_fill(cut.to(images.device), 0)
 
 
 def _check(field: str, tensor: Tensor, dtype: torch.dtype, shape: str) -> None:

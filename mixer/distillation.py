@@ -20,8 +20,9 @@ from safetensors.torch import load
 from torch import Tensor
 from tqdm import tqdm
 
+from mixer.augment import view
 from mixer.baselines import ConvNet
-from mixer.data import Data, normalise, view
+from mixer.data import Data, normalise
 from mixer.download import data_folder
 from mixer.files import check_writable, seal, unseal, write_whole
 
@@ -36,7 +37,7 @@ def weights_of(name: str) -> Path:
 class Teacher:
     """A trained ConvNet, and its ``logits`` (views, N, num_classes) for the training images, float16.
 
-    name: of its weights, see :func:`weights_of`. flip, shift: which views there are, in the order of ``data.view``.
+    name: of its weights, see :func:`weights_of`. flip, shift: which views there are, in the order of ``augment.view``.
     The logits are computed once, which takes minutes, and kept in the data folder.
 
     Raises ValueError where there is none, or one that was trained on other images than ``data``'s; OSError.

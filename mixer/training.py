@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mixer.augment import cut_out, draw_views, view
 from mixer.baselines import ConvNet, PlainMlp
 from mixer.config import Config
-from mixer.data import Data, cut_out, draw_views, normalise, validation_split, view
+from mixer.data import Data, normalise, validation_split
 from mixer.distillation import Teacher, distillation
 from mixer.kernels import fused
 from mixer.kernels.graphs import Replayed, replayed

@@ -7,7 +7,7 @@ import torch
 from conftest import first_images
 
 from mixer.config import RECIPES, Config
-from mixer.data import cut_out, draw_views, load, normalise, view
+from mixer.data import load, normalise
 from mixer.optim import OPTIMISERS
 from mixer.runner import grid
 from mixer.runs import train
@@ -72,26 +72,6 @@ def test_the_statistics_of_batch_normalisation_are_averaged_as_the_weights_are(f
     assert not torch.allclose(average, copies[-1])
 
 
-def test_augmented_images_are_the_images_moved_and_mirrored(few):
-    images = few.train_images
-    generator = torch.Generator().manual_seed(0)
-    moved = view(images, draw_views(len(images), generator, flip=True, shift=2), shift=2)
-    padded = torch.nn.functional.pad(images, (2, 2, 2, 2))
-    seen = set()
-    for image, result in zip(padded, moved, strict=True):
-        views = {
-            (flip, down, right): (image[down : down + 28, right : right + 28])
-            for flip in (False, True)
-            for down in range(5)
-            for right in range(5)
-        }
-        matches = [key for key, view in views.items() if torch.equal(view.flip(1) if key[0] else view, result)]
-        assert matches, "not a view of its image"
-        seen.update(matches)
-    assert len(seen) == 50
-    assert torch.equal(view(images, draw_views(len(images), generator, False, 0), 0), images)
-
-
 def test_blocks_start_as_the_identity_and_train_all_the_same(few):
     run = training(few, initialisation="identity", lr=0.01, num_epochs=2)
     x = torch.randn(3, 49, 16)
@@ -110,16 +90,6 @@ def test_a_whitened_stem_gives_uncorrelated_channels(data):
     assert variances[0] > 0.99 and variances.min() > 0.5 and torch.equal(variances.sort(descending=True)[0], variances)
     with pytest.raises(ValueError, match="a patch of 4 pixels cannot be whitened into 16 channels"):
         training(first_images(data, 50, 50), whiten=True, patch_size=2)
-
-
-@pytest.mark.parametrize("side", [1, 2, 4, 7])
-def test_a_square_is_cut_out_around_any_pixel(side):
-    images = torch.full((12_000, 28, 28), 9, dtype=torch.uint8)
-    cut = cut_out(images, torch.Generator().manual_seed(0), side) == 0
-    tall, wide = cut.any(2).sum(1), cut.any(1).sum(1)
-    assert torch.equal(cut.sum((1, 2)), tall * wide), "not a rectangle"
-    assert tall.max() == wide.max() == side and tall.min() >= side // 2
-    assert cut.any(0).all(), "some pixel is never cut"
 
 
 def test_mixed_images_have_the_mixed_loss_of_both_labels(few):

@@ -8,9 +8,10 @@ from conftest import first_images
 from safetensors.torch import load, save
 
 from mixer import distillation as teacher
+from mixer.augment import view
 from mixer.baselines import ConvNet
 from mixer.config import Config
-from mixer.data import normalise, view
+from mixer.data import normalise
 from mixer.distillation import Teacher, distillation
 from mixer.runs import last_weights, train
 from mixer.training import Training, part_of
