@@ -1,8 +1,48 @@
-"""Augmented views of a batch of uint8 images: flips, shifts and cutout."""
+"""Augmentation of a batch: flips, shifts, cutout and mixup."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mixer.config import Config
+from mixer.data import Data, normalise
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B training images as a step sees them.
+
+    ``index``: their numbers (B,). ``views``: which view of each it is (B,), as :func:`draw_views` numbers them.
+    ``inputs``: normalised (B, 1, H, W). In mixup they have a ``share`` of the image, and the rest of the image at the
+    same place of the batch in reverse.
+    """
+
+    index: Tensor
+    views: Tensor
+    inputs: Tensor
+    labels: Tensor
+    share: float = 1.0
+
+
+def augmented(index: Tensor, data: Data, config: Config, generator: torch.Generator) -> Batch:
+    """The training images of these numbers (B,), augmented as the config says."""
+    images, views = data.train_images[index], torch.zeros_like(index)
+    if config.flip or config.shift:
+        views = draw_views(len(index), generator, config.flip, config.shift)
+        images = view(images, views, config.shift)
+    if config.erase:
+        images = cut_out(images, generator, config.erase)
+    inputs, share = normalise(images, data.pixel_mean, data.pixel_std), 1.0
+    if config.mixup_prob and _uniform(generator) < config.mixup_prob:
+        share -= _uniform(generator) / 2
+        inputs = inputs.flip(0).lerp(inputs, share)  # the order of a batch is random, and so are its pairs
+    return Batch(index, views, inputs, data.train_labels[index], share)
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
 
 
 def draw_views(count: int, generator: torch.Generator, flip: bool, shift: int) -> Tensor:

@@ -5,13 +5,11 @@ Shapes, for a batch of B images cut into S patches of C channels each:
     image (B, 1, H, W)  ->  stem (B, S, C)  ->  num_blocks × MixerBlock (B, S, C)
                         ->  LayerNorm, mean over patches (B, C)  ->  head (B, num_classes)
 
-What is written here is what is computed, on every device. On a CPU one operator (``fused.py``) computes all blocks
-faster, as long as they are exactly these: change one, and PyTorch runs what you wrote. On CUDA torch.compile makes the
-kernels of training from what is written here (``graphs.py``).
+Plain PyTorch, and what is written here is what is trained: ``kernels.acceleration`` may compute it sooner, and compares
+itself with it first.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixer.kernels.dropout import Dropout
-from mixer.kernels.fused import mixing, operator_computes
 
 
 def uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.Module:
-    """A layer that has not drawn PyTorch's initial weights, which would come from the generator of everybody."""
+    """A layer without PyTorch's initial weights, which would be drawn from the global generator."""
     return nn.utils.skip_init(layer, *sizes, device=torch.get_default_device(), **settings)
 
 
 def initialise(layer: nn.Linear | nn.Conv2d, initialisation: str, generator: torch.Generator | None) -> None:
-    """As Flax does it, because the paper's code leaves it to Flax (LeCun normal), or as PyTorch does by default."""
+    """LeCun normal, as in Flax and so in the paper's code ("flax", "identity"), or PyTorch's default ("pytorch")."""
     fan_in = layer.weight.shape[1:].numel()
     if initialisation in ("flax", "identity"):
         # A normal cut at two standard deviations has a deviation of 0.8796; dividing by it restores 1/sqrt(fan_in).
@@ -50,7 +47,7 @@ def _linear(fan_in: int, fan_out: int, initialisation: str, generator: torch.Gen
 
 
 def count_patches(image: tuple[int, int], patch: tuple[int, int]) -> int:
-    """The patches of an image; both sizes are (height, width). Raises ValueError when they do not tile it."""
+    """The number of patches of an image; both sizes are (height, width). ValueError when they do not tile it."""
     (height, width), (ph, pw) = image, patch
     if height % ph or width % pw or not height * width:
         raise ValueError(f"patches of {ph}×{pw} do not tile an image of {height}×{width}")
@@ -60,8 +57,8 @@ def count_patches(image: tuple[int, int], patch: tuple[int, int]) -> int:
 class Stem(nn.Conv2d):
     """Cuts images (B, 1, H, W) into patches and maps each to C channels: (B, S, C).
 
-    It is the paper's convolution with a stride of its own size, computed as the matrix product that it is: cuDNN's
-    convolutions need not give the same gradient twice.
+    The paper's convolution whose stride is its size, computed as the matrix product that it is: cuDNN's convolutions
+    need not give the same gradient twice.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -75,10 +72,10 @@ class Stem(nn.Conv2d):
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
-        """Start as what makes the channels of these images' patches uncorrelated, of mean 0 and variance 1 (PCA).
+        """Initialise so that the channels of these images' patches are uncorrelated, of mean 0 and variance 1 (PCA).
 
-        Directions of little variance are lifted less, since they are mostly noise. Raises ValueError where a patch has
-        fewer pixels than there are channels.
+        Directions of little variance are scaled up less, since they are mostly noise. Raises ValueError where a patch
+        has fewer pixels than there are channels.
         """
         patches = self._patches(images).flatten(0, 1).cpu().double()
         variances, directions = torch.linalg.eigh(patches.T.cov())  # in rising order
@@ -90,7 +87,6 @@ class Stem(nn.Conv2d):
         self.bias.copy_(-weight @ patches.mean(dim=0))
 
 
-@operator_computes
 class MixerBlock(nn.Module):
     """One block, equation (1) of the paper: two MLPs, each behind a LayerNorm and inside a skip connection.
 
@@ -100,8 +96,8 @@ class MixerBlock(nn.Module):
     σ is GELU, "exact" or the approximation by "tanh" that the paper's code gets from Flax: at most 5e-4 away.
     Dropout, which that code does not have, follows σ and each MLP's output, as in timm's ``Mlp``.
     ``skip_connections=False`` leaves out ``X +`` and ``U +``. ``forward``: (B, S, C) -> (B, S, C).
-    ``initialisation`` of the linear layers is that of "flax", which the paper's code takes, or of "pytorch", or
-    "identity": Flax's but for W2 and W4, which are zero, so that a block first passes on what it gets.
+    ``initialisation`` of the linear layers is "flax", as in the paper's code, or "pytorch", or "identity": Flax's, but
+    with W2 and W4 zero, so that a block begins as the identity.
     ``generator`` draws the weights and dropout's seeds; PyTorch's default one when it is None.
 
     Raises ValueError for an impossible dropout and for other words.
@@ -137,7 +133,7 @@ class MixerBlock(nn.Module):
             nn.init.zeros_(self.channels_out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        approximate = "tanh" if self.gelu == "tanh" else "none"  # in PyTorch's words
+        approximate = "tanh" if self.gelu == "tanh" else "none"  # PyTorch's words
         y = self.patches_norm(x).transpose(1, 2)  # (B, C, S)
         y = self.dropout(F.gelu(self.patches_in(y), approximate=approximate))
         y = self.dropout(self.patches_out(y).transpose(1, 2))  # (B, S, C)
@@ -151,8 +147,7 @@ class MixerBlock(nn.Module):
 class MlpMixer(nn.Module):
     """The coursework's model: 947,682 parameters with the default sizes.
 
-    ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too; what
-    computes the blocks can be given with them, as ``mixer.kernels.graphs`` does.
+    ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too.
     ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU, draws the initial
     weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does, as it has to under
     ``torch.utils.checkpoint``, which knows no other. The rest is as in ``MixerBlock``; the head is zero at first,
@@ -203,16 +198,14 @@ class MlpMixer(nn.Module):
             nn.init.zeros_(self.head.weight)  # as in the paper's code: training starts from equal logits
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, images: Tensor, mixing: Callable[[nn.ModuleList, Tensor], Tensor] = mixing) -> Tensor:
-        self._check(images)
-        x = self.stem(images).to(images.dtype)  # under autocast only products are bfloat16, not what is added up
-        x = mixing(self.blocks, x)
-        x = self.norm(x).mean(dim=1)
-        device = "cpu" if images.is_meta else images.device.type  # "meta", which only counts, has no autocast
-        with torch.autocast(device, enabled=False):  # in bfloat16 the best two logits are often equal
-            return self.head(x.to(images.dtype))
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.classify(x)
 
-    def _check(self, images: Tensor) -> None:
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 1, H, W) -> what the blocks take (B, S, C)."""
         if images.ndim != 4 or images.shape[1] != 1:
             raise ValueError(f"images are (batch, 1, height, width), not {tuple(images.shape)}")
         (height, width), (ph, pw) = images.shape[2:], self.patch_size
@@ -221,3 +214,11 @@ class MlpMixer(nn.Module):
             raise ValueError(
                 f"an image of {height}×{width} has {tiles} patches of {ph}×{pw}, but num_patches is {self.num_patches}"
             )
+        return self.stem(images).to(images.dtype)  # under autocast only products are bfloat16, not what is added up
+
+    def classify(self, x: Tensor) -> Tensor:
+        """What the blocks give (B, S, C) -> logits (B, num_classes)."""
+        x = self.norm(x).mean(dim=1)
+        device = "cpu" if x.is_meta else x.device.type  # "meta", which only counts, has no autocast
+        with torch.autocast(device, enabled=False):  # in bfloat16 the best two logits are often equal
+            return self.head(x.to(self.head.weight.dtype))

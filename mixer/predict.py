@@ -1,10 +1,11 @@
-"""What a trained model makes of a picture of one's own.
+"""Predictions of a trained model: logits of a data set, classes of a picture of one's own.
 
 from mixer import classify
 classify("shoe.jpg")            class -> probability, the likeliest first
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,42 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
-from mixer.kernels import fused
+from mixer.device import autocast, threads_after_fork
+from mixer.files import expand
+from mixer.kernels.acceleration import choose
 from mixer.model import MlpMixer, count_patches
-from mixer.runner import RESULTS
+from mixer.records import RESULTS
 
+EVAL_BATCH = 1000  # images at a time, which keeps the eager model's hidden layer near 100 MB
 WEIGHTS = RESULTS / "best.safetensors"
 _FASHION_MNIST = {"data": "Fashion-MNIST", "image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
 _WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
+
+
+def predict(
+    model: nn.Module,
+    images: Tensor,
+    precision: str = "float32",
+    mean: float | None = None,
+    std: float | None = None,
+) -> Iterator[Tensor]:
+    """The model's logits, float32 (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W).
+
+    ``mean`` and ``std`` of the pixels: Fashion-MNIST's when not given.
+    """
+    statistics = {} if mean is None else {"mean": mean, "std": std}
+    model.eval()
+    forward = model
+    if images.device.type == "cpu":  # what is recorded on CUDA is for training
+        with autocast(images.device, precision):
+            forward = choose(model, normalise(images[:1], **statistics)).forward
+    for batch in images.split(EVAL_BATCH):
+        with torch.inference_mode(), autocast(images.device, precision):
+            logits = forward(normalise(batch, **statistics))
+        yield logits  # outside, since a generator's contexts would hold for its caller too
 
 
 def classify(picture: Path | str | Image.Image | np.ndarray, weights: Path | str = WEIGHTS) -> pd.Series:
@@ -33,7 +61,8 @@ def classify(picture: Path | str | Image.Image | np.ndarray, weights: Path | str
 
     Raises ValueError, which says in one sentence what is wrong with either.
     """
-    with torch.inference_mode(), fused.threads_for_the_operator():
+    threads_after_fork()
+    with torch.inference_mode():
         model, origin = load_with_origin(weights)
         of_clothing = origin["data"].startswith("Fashion-MNIST")
         image = torch.from_numpy(prepare(picture, origin["image"], invert=of_clothing))
@@ -75,7 +104,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
     (image), and pixels' mean and standard deviation (pixel_mean, pixel_std). Raises ValueError.
     """
     try:
-        with safe_open(weights, "pt") as file:
+        with safe_open(expand(weights), "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             origin = _FASHION_MNIST | json.loads((file.metadata() or {}).get("mixer", "{}"))
         channels, _, *patch_size = state["stem.weight"].shape
@@ -105,7 +134,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
 
 def _open(picture: Path | str | Image.Image) -> Image.Image:
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        image = picture if isinstance(picture, Image.Image) else Image.open(expand(picture))
         return ImageOps.exif_transpose(image)  # as it was held, which also reads all of it
     except FileNotFoundError:
         raise ValueError(f"There is no picture {picture}.") from None

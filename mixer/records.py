@@ -1,43 +1,70 @@
-"""Records: what a finished run leaves, as JSON, and where it comes from. Written whole, checked when read."""
+"""Records: what a finished run leaves, as one JSON file, and where it comes from."""
 
+import dataclasses
 import hashlib
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy
+import pandas as pd
 import torch
 import torchvision
 
-from mixer.config import Config
-from mixer.files import write_whole
+from mixer.config import Config, grid
+from mixer.files import PROJECT, expand, write_whole
 from mixer.kernels import fused
 
 RECORD_FORMAT = 1
+RESULTS = PROJECT / "results"
+MEASURED = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
 Record = dict[str, Any]  # config, history (a row an epoch), diverged, environment, format
 
 
-def best_epoch(record: Record) -> dict[str, float]:
-    """The epoch with the highest test accuracy, the first of equals."""
-    return max(record["history"], key=lambda epoch: epoch["test_accuracy"])
-
-
 class RecordError(ValueError):
-    """A file in the results folder is not a record; the message says which and what to do."""
+    """A file in the results folder is not the record that it should be; the message says which and what to do."""
 
 
-def read_record(path: Path) -> Record:
-    """One record, its values checked. RecordError when the file is damaged or something else, FileNotFoundError."""
+def record_path(config: Config, results: Path | str = RESULTS) -> Path:
+    """Where the record of a run lies."""
+    return expand(results) / f"{config.name}.json"
+
+
+def weights_path(config: Config, results: Path | str = RESULTS) -> Path:
+    """The weights of a run's best epoch: made by the run, too many to keep in the repository."""
+    return expand(results) / "weights" / f"{config.name}.safetensors"
+
+
+def write_record(record: Record, path: Path | str) -> None:
+    """Raises OSError in one sentence."""
+    write_whole(expand(path), (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_record(path: Path | str) -> Record:
+    """One record. Raises RecordError when the file is damaged or something else, FileNotFoundError."""
+    path = expand(path)
     try:
         if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
-            raise ValueError("it is not a file")
-        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        _check_record(record, path)
+            raise ValueError("it is not a regular file")
+        record = json.loads(path.read_text(encoding="utf-8"))
+        config = Config.from_record(record["config"])
+        record["config"] = dataclasses.asdict(config)
+        if record["format"] != RECORD_FORMAT:
+            raise ValueError(f"its format is {record['format']}, not {RECORD_FORMAT}")
+        if path.name != f"{config.name}.json" and not record.keys() & {"model", "optimiser"}:
+            raise ValueError(f"by its config its name should be {config.name}.json")
+        epochs = record["diverged"]["epoch"] - 1 if record["diverged"] else config.num_epochs
+        numbers = [[float(epoch[name]) for name in MEASURED] for epoch in record["history"]]
+        if [epoch for epoch, *_ in numbers] != [*range(1, epochs + 1)]:
+            raise ValueError(f"it does not have the epochs from 1 to {epochs}")
+        environment = record["environment"]
+        environment["path"] = _OLD_PATHS.get(environment["path"], environment["path"])
         return record
     except FileNotFoundError:
         raise
@@ -48,77 +75,55 @@ def read_record(path: Path) -> Record:
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:200]
     raise RecordError(
-        f"{path} is not a record of a finished run ({reason}): take it away or fetch it again with git."
+        f"{path} is not a record of a finished run ({reason}): remove it or restore it with git."
     ) from None
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"it has a number that is {name}")
+_OLD_PATHS = {"plain": "eager", "replayed": "graphs"}
 
 
-def _check_record(record: Any, path: Path) -> None:
-    config = Config(**record["config"])
-    if record["format"] != RECORD_FORMAT:
-        raise ValueError(f"its format is {record['format']}, not {RECORD_FORMAT}")
-    if path.name != f"{config.name}.json":
-        raise ValueError(f"by its config it should be called {config.name}.json")
-    history, diverged, environment = record["history"], record["diverged"], record["environment"]
-    epochs = config.num_epochs
-    if diverged is not None:
-        epochs = diverged["epoch"] - 1
-        if not (_is_count(diverged["epoch"]) and _is_count(diverged["step"]) and epochs < config.num_epochs):
-            raise ValueError("it diverged where it cannot have")
-    if len(history) != epochs:
-        raise ValueError(f"it has {len(history)} of {epochs} epochs")
-    for number, epoch in enumerate(history, start=1):
-        if type(epoch["epoch"]) is not int or epoch["epoch"] != number:
-            raise ValueError(f"its epoch {number} says that it is {epoch['epoch']}")
-        for name, most in _RANGES.items():
-            value = epoch[name]
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-                raise ValueError(f"{name} of epoch {number} is {value!r}")
-    for name, values in _ENVIRONMENT.items():
-        value = environment[name]
-        if not (type(value) is values if isinstance(values, type) else value in values):
-            raise ValueError(f"its {name} is {value!r}")
+def read_records(results: Path | str = RESULTS) -> list[Record]:
+    """All records of the folder, in the order of their names. Raises RecordError."""
+    return [read_record(path) for path in sorted(expand(results).glob("*.json"))]
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+def histories(records: Iterable[Record]) -> pd.DataFrame:
+    """One row for every epoch of every record: the config's columns, then the history's. Accuracies are fractions."""
+    rows = [record["config"] | epoch for record in records for epoch in record["history"]]
+    return pd.DataFrame(rows, columns=[*(field.name for field in dataclasses.fields(Config)), *MEASURED])
 
 
-_LARGEST = 1e300  # of what is finite
-_RANGES = {
-    "train_loss": _LARGEST,
-    "train_accuracy": 1,
-    "test_loss": _LARGEST,
-    "test_accuracy": 1,
-    "seconds": _LARGEST,
-}
-_ENVIRONMENT = {
-    "torch": str,
-    "device": str,
-    "threads": int,
-    "precision": ("float32", "bfloat16"),
-    "path": ("fused", "replayed", "plain"),
-    "commit": str,
-    "data_sha256": dict,
-}
+def best_epoch(record: Record) -> dict[str, float]:
+    """The epoch with the highest test accuracy, the first of equals."""
+    return max(record["history"], key=lambda epoch: epoch["test_accuracy"])
 
 
-def write_record(record: Record, path: Path) -> None:
-    """Raises OSError in one sentence."""
-    write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+def best(records: Iterable[Record]) -> Record:
+    """The record with the highest test accuracy of any epoch, the first of equals. ValueError when there is none."""
+    return max((r for r in records if r["history"]), key=lambda record: best_epoch(record)["test_accuracy"])
+
+
+def coursework(records: Iterable[Record], seed: int = 0) -> list[Record]:
+    """The coursework's eight runs with this seed, in grid order, of the longest training that has all eight.
+
+    Raises RecordError when no eight belong together.
+    """
+    found = {Config(**record["config"]): record for record in records}
+    for num_epochs in sorted({config.num_epochs for config in found}, reverse=True):
+        configs = grid(num_epochs=num_epochs, seeds=[seed])
+        if all(config in found for config in configs):
+            return [found[config] for config in configs]
+    raise RecordError("The results folder does not hold the eight runs of the coursework: run `make grid`.")
 
 
 # Where a record comes from
 
 _PACKAGE = Path(__file__).parent
 _CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
-# What a run's bits depend on: the core and the kernels.
+# What a run's bits depend on: the core, the kernels and the baselines.
 _DECISIVE = sorted(
     str(path.relative_to(_PACKAGE))
-    for pattern in ("*.py", "kernels/*.py", "kernels/*.cpp")
+    for pattern in ("*.py", "kernels/*.py", "kernels/*.cpp", "baselines/*.py")
     for path in _PACKAGE.glob(pattern)
 )
 

@@ -1,124 +1,241 @@
-"""What happens in an epoch.
+"""Training: ``train()`` takes a config to its record; below it, what happens in an epoch.
 
 The coursework states neither optimiser, loss, schedule nor initialisation. We chose Adam with PyTorch's defaults,
-cross-entropy, a constant learning rate and the initialisation of the paper's code (see ``mixer.model``).
+cross-entropy, a constant learning rate and the initialisation of the paper's code (see ``model.py``).
 
 A run is decided by its config and data alone. It has a generator of its own, which starts every epoch from seed and
 epoch, so an interrupted run needs no stored random state, and runs in threads of one process leave each other alone.
 """
 
+import contextlib
+import dataclasses
+import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mixer.augment import cut_out, draw_views, view
-from mixer.baselines import ConvNet, PlainMlp
+from mixer import data as fashion_mnist
+from mixer.augment import Batch, augmented
+from mixer.baselines.distillation import Distillation
+from mixer.baselines.networks import build_network
+from mixer.checkpoint import last_weights, load, save, save_weights
 from mixer.config import Config
 from mixer.data import Data, normalise, validation_split
-from mixer.distillation import Teacher, distillation
+from mixer.device import autocast, by_itself, find_device, find_precision, threads_after_fork
+from mixer.files import check_writable, expand
 from mixer.kernels import fused
-from mixer.kernels.graphs import Replayed, replayed
-from mixer.model import MlpMixer, count_patches
-from mixer.optim import OPTIMISERS, SCHEDULES
+from mixer.kernels.acceleration import Choice, choose
+from mixer.model import MlpMixer
+from mixer.optim import optimisers, schedule
+from mixer.predict import EVAL_BATCH, predict
+from mixer.progress import Bar
+from mixer.records import RECORD_FORMAT, Record, best_epoch, environment
 
-WHITEN_BY = 5000  # images
-EVAL_BATCH = 1000  # images at a time, which keeps the plain formula's hidden layer near 100 MB
-
-
-def part_of(data: Data, config: Config) -> Data:
-    """What of the data a run is trained and tested on. Raises ValueError when there are fewer images than ``limit``."""
-    data = validation_split(data) if config.validation else data
-    data = replace(data, pixel_mean=0.0, pixel_std=1.0) if config.inputs == "scaled" else data
-    return data if config.limit is None else data.first(config.limit)
+log = getLogger("mixer")
 
 
-class Training:
-    """A run between two epochs: its model, optimisers and number of finished epochs.
+def train(
+    config: Config,
+    *,
+    model: nn.Module | None = None,
+    optimiser: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
+    data: Data | None = None,
+    device: torch.device | str | None = None,
+    precision: str | None = None,
+    checkpoint: Path | str | None = None,
+    weights: Path | str | None = None,
+    on_epoch: Callable[[dict[str, float], nn.Module], None] | None = None,
+    progress: bool = True,
+    position: int | None = None,
+    return_model: bool = False,
+) -> Record | tuple[Record, nn.Module]:
+    """Train one run and return its record; with ``return_model``, the record and the model as it ended.
+
+    model: any module from normalised images (B, 1, H, W) to logits (B, num_classes), which is trained in place; the
+    config's own when not given. optimiser: a function of the model's parameters, in place of the config's optimiser,
+    lr and weight_decay. The record names both; give its file a name of your own.
+    data: Fashion-MNIST when not given; of any, what ``config`` says (``limit``, ``validation``).
+    device: CUDA when not given, else Apple's MPS, else the CPU.
+    precision: "bfloat16" (autocast) or "float32"; when not given, bfloat16 where the hardware computes in it.
+    checkpoint: a file that is written after every epoch, and from which an interrupted run resumes.
+    weights: a safetensors file for the weights of the epoch with the best test accuracy; those of the last epoch are
+    put beside it, as ``last_weights`` says, where no loss diverged.
+    on_epoch: called after every epoch with its row of the history, and the model, in evaluation mode.
+    progress, position: a progress bar, and its line where several runs share a terminal.
+
+    A loss that is not finite ends the run: ``diverged`` in the record then says at which step of which epoch, and
+    the history holds the epochs before. Ctrl-C raises Interrupted, which has the history. Before anything is trained,
+    DataError, ValueError or OSError say what is wrong with the arguments.
+    """
+    threads_after_fork()
+    if torch.get_default_dtype() != torch.float32:
+        raise ValueError("PyTorch's default dtype was changed: torch.set_default_dtype(torch.float32) before training")
+    device = find_device(device)
+    precision = find_precision(device, precision)
+    checkpoint, weights = (path if path is None else expand(path) for path in (checkpoint, weights))
+    for file in filter(None, (checkpoint, weights, weights and last_weights(weights))):
+        check_writable(file)
+    with by_itself(device):
+        data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
+        run = Run(config, device, precision, data, model, optimiser)
+        if checkpoint is not None and (state := load(checkpoint, run.key, device)):
+            run.load_state_dict(state)
+        try:
+            steps = run.steps_per_epoch
+            with Bar(config.name, config.num_epochs, steps, run.epoch, progress, position) as bar:
+                while not run.finished:
+                    run.train_epoch(bar.step)
+                    if checkpoint is not None:
+                        save(checkpoint, run.key, run.state_dict())
+                    if run.diverged is None:
+                        bar.epoch_done(run.history[-1])
+                        if on_epoch is not None:
+                            on_epoch(dict(run.history[-1]), run.tested.eval())
+        except KeyboardInterrupt:
+            count = f"{len(run.history)} of {config.num_epochs}"
+            where = "`import sys; sys.last_value.history` has them"
+            raise Interrupted(f"Interrupted after {count} epochs; {where}.", run.history) from None
+    if weights is not None:
+        try:
+            run.save_weights(weights)
+        except OSError as error:
+            if checkpoint is not None:  # the same call resumes from it and comes here at once
+                raise
+            log.warning("%s The record is returned all the same.", error)
+    return (run.record(), run.tested.eval()) if return_model else run.record()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a notebook's stop button. ``history``: the finished epochs of the run that was trained here."""
+
+    def __init__(self, message: str, history: list[dict[str, float]] | None = None):
+        super().__init__(message)
+        self.history = history or []  # pickling hands over the message first, and the history after it
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: no traceback, since nothing went wrong."""
+        return [str(self)]
+
+
+class Run:
+    """A run between two epochs: model, optimisers, history, and everything else that a checkpoint keeps.
 
     device, precision: as ``find_device`` and ``find_precision`` give them. data: what ``part_of`` gives, on the device.
-    ``tested`` is the model that is tested and kept: the average, if there is one.
+    model, optimiser: of one's own, as for :func:`train`. ``tested`` is the model that is tested and kept: the moving
+    average, if there is one.
     """
 
-    def __init__(self, config: Config, device: torch.device, precision: str, data: Data):
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        precision: str,
+        data: Data,
+        model: nn.Module | None = None,
+        optimiser: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
+    ):
         self.config, self.device, self.precision, self.data = config, device, precision, data
-        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.diverged: dict[str, int] | None = None
+        self.best_weights: dict[str, Tensor] | None = None
+        self.earlier: list[dict[str, Any]] = []  # other environments of the run, and after how many epochs they ended
         self.generator = torch.Generator()
-        self._start_generator()
-        self.model = _network(config, data, self.generator).to(device)
-        self.teacher = None
-        if config.teacher:
-            self.teacher = Teacher(config.teacher, data, config.flip, config.shift, device, precision)
-        fused = {"fused": device.type != "mps"}
-        self.optimisers = OPTIMISERS[config.optimiser](self.model, config.lr, config.weight_decay, **fused)
+        self._seed(0)
+        self.brought = {}
+        if model is not None:
+            count = sum(parameter.numel() for parameter in model.parameters())
+            self.brought["model"] = f"{type(model).__module__}.{type(model).__qualname__}, {count:,} parameters"
+        self.model = (build_network(config, data, self.generator) if model is None else model).to(device)
+        if optimiser is None:
+            self.optimisers = optimisers(config.optimiser, self.model, config.lr, config.weight_decay)
+        else:
+            self.optimisers = [optimiser(self.model.parameters())]
+            settings = {name: value for name, value in self.optimisers[0].defaults.items() if value is not None}
+            self.brought["optimiser"] = f"{type(self.optimisers[0]).__name__} {settings}"
+        self.loss = Distillation(config, data, device, precision) if config.teacher else LabelLoss(config)
         self.average, self.tested = None, self.model
-        if config.average:
+        if config.ema_decay:
             # With its buffers: BatchNorm's statistics have to be those of the weights that are tested.
-            average = get_ema_multi_avg_fn(config.average)
+            average = get_ema_multi_avg_fn(config.ema_decay)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
             self.tested = self.average.module
-        self.network = self._replayed() or self.model
-
-    def _replayed(self) -> Replayed | None:
-        """The model as it is trained on CUDA, where that can be had."""
-        if self.device.type != "cuda" or not isinstance(self.model, MlpMixer):
-            return None
-        images = self.data.train_images[: self.config.batch_size]
-        with autocast(self.device, self.precision):
-            return replayed(self.model, normalise(images, self.data.pixel_mean, self.data.pixel_std))
+        self.choice: Choice | None = None
+        self._choose()
+        self.environment = self._environment()
 
     @property
-    def path(self) -> str:
-        """What computes the blocks in training: "replayed" (``mixer.kernels.graphs``), or as ``fused.path`` says."""
-        if self.network is not self.model:
-            return "replayed"
-        return fused.path(self.model.blocks, self.device, self.precision)
+    def epoch(self) -> int:
+        """The number of finished epochs."""
+        return len(self.history)
 
-    def _start_generator(self) -> None:
-        """What an epoch draws (its order, its dropout) follows from seed and epoch; before the first: the weights."""
-        self.generator.manual_seed(self.config.seed * 1_000_003 + self.epoch)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What an epoch that follows depends on, but for config and data."""
-        return {
-            "epoch": self.epoch,
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch = state["epoch"]
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+    @property
+    def finished(self) -> bool:
+        return self.diverged is not None or self.epoch == self.config.num_epochs
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.data.train_labels) / self.config.batch_size)
 
-    def train_epoch(self, on_step: Callable[[Tensor], None] = lambda loss: None) -> dict[str, float]:
-        """Train once on every image, then test. ``on_step`` is given each step's loss, on the device.
+    def train_epoch(self, on_step: Callable[[Tensor], None] = lambda loss: None) -> None:
+        """Train once on every image, test, and add a row to the history; or set ``diverged``.
 
-        Gives epoch, train_loss, train_accuracy (running: of the batches as they are trained on), test_loss and
-        test_accuracy; accuracies are fractions. Raises Diverged when a loss is not finite.
+        A row has epoch, train_loss, train_accuracy (running: of the batches as they are trained on), test_loss and
+        test_accuracy; accuracies are fractions. ``on_step`` is given each step's loss, on the device.
         """
-        self.epoch += 1
-        self._start_generator()
-        labels = self.data.train_labels
-        order = torch.randperm(len(labels), generator=self.generator).to(self.device)
-        losses = torch.zeros(self.steps_per_epoch, device=self.device)
+        start = time.perf_counter()
+        if self._choose() and self.choice.path != self.environment["path"]:
+            self.earlier.append({"epochs": self.epoch} | self.environment)
+            self.environment = self._environment()
+        with contextlib.ExitStack() as contexts:
+            if self.choice.path == "fused":  # the eager model takes all of PyTorch's threads
+                contexts.enter_context(fused.threads_for_the_operator())
+            if "model" in self.brought:  # whose dropout may draw from PyTorch's own generators
+                contexts.enter_context(torch.random.fork_rng())
+                torch.manual_seed(self._seed(self.epoch + 1))
+            losses, sizes, correct = self._train_on_every_image(on_step)
+            train_loss = float((losses.double() * sizes).sum() / sizes.sum())
+            test_loss, test_accuracy = self.evaluate()
+        if not (math.isfinite(train_loss) and math.isfinite(test_loss)):
+            finite = [*losses.isfinite().tolist(), False]
+            step = min(finite.index(False) + 1, self.steps_per_epoch)
+            self.diverged = {"epoch": self.epoch + 1, "step": step}
+            return
+        if test_accuracy > max((epoch["test_accuracy"] for epoch in self.history), default=-1.0):
+            self.best_weights = {k: w.to("cpu", copy=True) for k, w in self.tested.state_dict().items()}
+        self.history.append(
+            {
+                "epoch": self.epoch + 1,
+                "train_loss": train_loss,
+                "train_accuracy": correct / len(self.data.train_labels),
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "seconds": round(time.perf_counter() - start, 3),
+            }
+        )
+
+    def _train_on_every_image(self, on_step: Callable[[Tensor], None]) -> tuple[Tensor, Tensor, int]:
+        """The steps' losses and numbers of images, and how many images were classified correctly."""
+        self._seed(self.epoch + 1)
+        order = torch.randperm(len(self.data.train_labels), generator=self.generator).to(self.device)
+        batches = order.split(self.config.batch_size)
+        losses = torch.zeros(len(batches), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.train()
-        for step, batch in enumerate(order.split(self.config.batch_size)):
-            logits, loss = self._forward(batch)
+        for step, index in enumerate(batches):
+            batch = augmented(index, self.data, self.config, self.generator)
+            with autocast(self.device, self.precision):
+                logits = self.choice.forward(batch.inputs)
+            loss = self.loss(logits, batch)
             self.model.zero_grad()
             loss.backward()
             self._set_learning_rate(step)
@@ -127,21 +244,9 @@ class Training:
             if self.average is not None:
                 self.average.update_parameters(self.model)
             losses[step] = loss.detach()
-            correct += (logits.argmax(dim=1) == labels[batch]).sum()
+            correct += (logits.argmax(dim=1) == batch.labels).sum()
             on_step(losses[step])
-        sizes = torch.tensor([len(batch) for batch in order.split(self.config.batch_size)])
-        train_loss = float((losses.cpu().double() * sizes).sum() / len(labels))
-        test_loss, test_accuracy = self.evaluate()
-        if not (math.isfinite(train_loss) and math.isfinite(test_loss)):
-            finite = [*losses.isfinite().tolist(), False]
-            raise Diverged(self.epoch, min(finite.index(False) + 1, self.steps_per_epoch))
-        return {
-            "epoch": self.epoch,
-            "train_loss": train_loss,
-            "train_accuracy": int(correct) / len(labels),
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
-        }
+        return losses.cpu(), torch.tensor([len(index) for index in batches]), int(correct)
 
     def evaluate(self) -> tuple[float, float]:
         """Mean loss and accuracy on the test images."""
@@ -154,127 +259,132 @@ class Training:
         return float(loss) / count, correct / count
 
     def _set_learning_rate(self, step: int) -> None:
-        done = (self.epoch - 1 + (step + 1) / self.steps_per_epoch) / self.config.num_epochs
-        share = SCHEDULES[self.config.schedule](done, 1 / self.config.num_epochs)
+        done = (self.epoch + (step + 1) / self.steps_per_epoch) / self.config.num_epochs
+        factor = schedule(self.config.schedule, done, 1 / self.config.num_epochs)
         for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
-            group["lr"] = share * group.setdefault("initial_lr", group["lr"])
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
-    def _forward(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and loss of a batch of training images, by their numbers, augmented as the config says."""
-        config, images, labels = self.config, self.data.train_images[batch], self.data.train_labels[batch]
-        views = torch.zeros_like(batch)
-        if config.flip or config.shift:
-            views = draw_views(len(batch), self.generator, config.flip, config.shift)
-            images = view(images, views, config.shift)
-        if config.erase:
-            images = cut_out(images, self.generator, config.erase)
-        inputs, share = normalise(images, self.data.pixel_mean, self.data.pixel_std), 1.0
-        if config.mixup and self._uniform() < config.mixup:  # with the batch in reverse, whose order is random
-            share -= self._uniform() / 2
-            inputs = inputs.flip(0).lerp(inputs, share)
+    def _seed(self, epoch: int) -> int:
+        """What an epoch draws (its order, its dropout) follows from seed and epoch; before the first: the weights."""
+        seed = self.config.seed * 1_000_003 + epoch
+        self.generator.manual_seed(seed)
+        return seed
+
+    def _choose(self) -> bool:
+        """Ask again for the fast path, which a hook or another change of the model may have closed; True if it has."""
+        images = self.data.train_images[: self.config.batch_size]
+        before = self.choice
         with autocast(self.device, self.precision):
-            logits = self.network(inputs)
-        if self.teacher is not None:
-            with autocast(self.device, self.precision):
-                of_teacher = self.teacher.kept(batch, views) if share == 1 else self.teacher.model(inputs)
-            return logits, distillation(logits, of_teacher, config.temperature)
-        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-        if share < 1:
-            other = F.cross_entropy(logits, labels.flip(0), label_smoothing=config.label_smoothing)
-            loss = share * loss + (1 - share) * other
-        return logits, loss
+            self.choice = choose(self.model, normalise(images, self.data.pixel_mean, self.data.pixel_std), before)
+        moved = before is None or before.path != self.choice.path
+        if moved and self.choice.path == "eager" and isinstance(self.model, MlpMixer):
+            log.warning("The model trains in eager PyTorch, several times slower, since %s.", self.choice.reason)
+        return moved
 
-    def _uniform(self) -> float:
-        return float(torch.rand((), generator=self.generator))
+    def record(self) -> Record:
+        """The record of the run, of as many epochs as there are."""
+        return {
+            "format": RECORD_FORMAT,
+            "config": dataclasses.asdict(self.config),
+            **self.brought,
+            "history": self.history,
+            "diverged": self.diverged,
+            "environment": self.environment | ({"earlier": self.earlier} if self.earlier else {}),
+        }
+
+    def _environment(self) -> dict[str, Any]:
+        data, teacher = self.data, self.loss if self.config.teacher else None
+        return {
+            **environment(self.device, self.precision),
+            "path": self.choice.path,
+            "data": data.name,
+            "data_sha256": data.sha256,
+            "pixel_mean": data.pixel_mean,
+            "pixel_std": data.pixel_std,
+            **({"teacher_sha256": teacher.sha256, "teacher_weights_sha256": teacher.weights_sha256} if teacher else {}),
+        }
+
+    @property
+    def key(self) -> str:
+        """What has to be equal for a checkpoint to go on as if never interrupted: all that decides a single bit."""
+        decisive = ["torch", "precision", "path", "code_sha256"]
+        decisive += ["data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
+        if self.choice.path != "fused":
+            decisive += ["device"]
+        if self.choice.path == "eager" and self.device.type == "cpu":
+            decisive += ["threads"]
+        key = {name: self.environment.get(name) for name in decisive} | self.brought
+        key |= {"kind": self.device.type, "capability": torch.backends.cpu.get_cpu_capability()}
+        return json.dumps([dataclasses.asdict(self.config), key])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epochs that follow, the record and the weights depend on, but for config and data."""
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "history": self.history,
+            "diverged": self.diverged,
+            "best_weights": self.best_weights,
+            "environments": json.dumps([*self.earlier, self.environment]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.history, self.diverged = state["history"], state["diverged"]
+        self.best_weights = state["best_weights"] and {k: w.cpu() for k, w in state["best_weights"].items()}
+        *self.earlier, last = json.loads(state["environments"])
+        if last != self.environment:
+            self.earlier.append({"epochs": self.epoch} | last)
+
+    def save_weights(self, path: Path) -> None:
+        """Those of the best epoch and of the last. Raises OSError.
+
+        A run that diverged has no last ones, and without a whole epoch no best ones: then another training's go.
+        """
+        best = (self.best_weights, best_epoch({"history": self.history})) if self.history else None
+        last = (self.tested.state_dict(), self.history[-1]) if self.history and self.diverged is None else None
+        for file, kept in ((path, best), (last_weights(path), last)):
+            if kept is None:
+                file.unlink(missing_ok=True)
+            else:
+                save_weights(file, kept[0], self._origin(kept[1]))
+
+    def _origin(self, epoch: dict[str, float]) -> dict[str, Any]:
+        return {
+            "name": self.config.name,
+            "epoch": epoch["epoch"],
+            "measured": {name: value for name, value in epoch.items() if name != "seconds"},
+            "data": self.data.name,
+            "config": dataclasses.asdict(self.config),
+            **self.brought,
+            "image": list(self.data.train_images.shape[1:]),
+            "data_sha256": self.data.sha256,
+            "pixel_mean": self.data.pixel_mean,
+            "pixel_std": self.data.pixel_std,
+        }
 
 
-Network = MlpMixer | PlainMlp | ConvNet
+class LabelLoss:
+    """Cross-entropy with the labels, smoothed and mixed as the config says."""
+
+    def __init__(self, config: Config):
+        self.label_smoothing = config.label_smoothing
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+        if batch.share < 1:
+            other = F.cross_entropy(logits, batch.labels.flip(0), label_smoothing=self.label_smoothing)
+            loss = batch.share * loss + (1 - batch.share) * other
+        return loss
 
 
-def _network(config: Config, data: Data, generator: torch.Generator) -> Network:
-    if config.network == "conv":
-        return ConvNet(data.num_classes, config.dropout_p, generator)
-    if config.network == "mlp":
-        return PlainMlp(data.train_images[0].numel(), data.num_classes, config.dropout_p, generator)
-    model = MlpMixer(
-        num_classes=data.num_classes,
-        num_blocks=config.num_blocks,
-        patch_size=config.patch_size,
-        num_patches=count_patches(tuple(data.train_images.shape[1:]), config.patch_size),
-        num_channels=config.num_channels,
-        patches_mlp_dim=config.patches_mlp_dim,
-        channels_mlp_dim=config.channels_mlp_dim,
-        dropout_p=config.dropout_p,
-        skip_connections=config.skip_connections,
-        gelu=config.gelu,
-        initialisation=config.initialisation,
-        generator=generator,
-    )
-    if config.whiten:
-        first = data.train_images[:WHITEN_BY].to("cpu")
-        model.stem.whiten(normalise(first, data.pixel_mean, data.pixel_std))
-    return model
-
-
-class Diverged(ArithmeticError):
-    """A loss is not finite, first in this step of this epoch; both count from 1."""
-
-    def __init__(self, epoch: int, step: int):
-        super().__init__(f"the loss is not finite in step {step} of epoch {epoch}")
-        self.epoch, self.step = epoch, step
-
-
-def predict(
-    model: Network,
-    images: Tensor,
-    precision: str = "float32",
-    mean: float | None = None,
-    std: float | None = None,
-) -> Iterator[Tensor]:
-    """The model's logits, float32 (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W).
-
-    ``mean`` and ``std`` of the pixels: Fashion-MNIST's when not given.
-    """
-    statistics = {} if mean is None else {"mean": mean, "std": std}
-    model.eval()
-    for batch in images.split(EVAL_BATCH):
-        with torch.inference_mode(), autocast(images.device, precision):
-            logits = model(normalise(batch, **statistics))
-        yield logits  # out here, since what a generator is in the midst of holds for its caller too
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
-
-
-def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of this name; without one CUDA, else Apple's MPS, else the CPU. ValueError when it cannot be had."""
-    if name is None:
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type in ("cpu", "cuda", "mps"):
-            torch.zeros(1, device=device)
-            return device
-    except (RuntimeError, AssertionError, TypeError):  # PyTorch's ways of saying that there is none
-        pass
-    raise ValueError(f"there is no device {str(name)!r} here: give cpu, cuda or mps, or none to take what there is")
-
-
-def find_precision(device: torch.device, wanted: str | None = None) -> str:
-    """ "bfloat16" where the hardware computes in it, not merely emulates it, else "float32".
-
-    ValueError when another one is ``wanted``, or bfloat16 on a CPU that has none.
-    """
-    if wanted not in (None, "bfloat16", "float32"):
-        raise ValueError(f"precision is bfloat16 or float32, not {wanted!r}")
-    if wanted == "bfloat16" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-        raise ValueError("this processor does not compute in bfloat16: train in float32")
-    if wanted is not None:
-        return wanted
-    if device.type == "cuda":
-        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has_it = device.type == "cpu" and fused.multiplies_in_bfloat16()
-    return "bfloat16" if has_it else "float32"
+def part_of(data: Data, config: Config) -> Data:
+    """What of the data a run is trained and tested on. Raises ValueError when there are fewer images than ``limit``."""
+    data = validation_split(data) if config.validation else data
+    data = replace(data, pixel_mean=0.0, pixel_std=1.0) if config.inputs == "scaled" else data
+    return data if config.limit is None else data.first(config.limit)

@@ -52,7 +52,7 @@ def configs(eager: bool) -> dict[str, dict]:
         "validation": SMALL | WITH_DROPOUT | {"validation": True},
         "mlp": {"network": "mlp", "optimiser": "muon", "lr": 0.02, "dropout_p": 0.1},
         "conv": {"network": "conv", "dropout_p": 0.1},
-        "erase and mixup": SMALL | {"erase": 8, "mixup": 0.5, "shift": 2, "flip": True, "average": 0.9},
+        "erase and mixup": SMALL | {"erase": 8, "mixup_prob": 0.5, "shift": 2, "flip": True, "ema_decay": 0.9},
     }
 
 
@@ -63,7 +63,7 @@ def golden(eager: bool) -> dict[str, str]:
     from mixer import Config, train
     from mixer.config import RECIPES
     from mixer.data import load
-    from mixer.training import find_precision
+    from mixer.device import find_precision
 
     data = load()
     data = replace(data.first(2000), test_images=data.test_images[:500], test_labels=data.test_labels[:500])
@@ -73,7 +73,7 @@ def golden(eager: bool) -> dict[str, str]:
     answers = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MIXER_DATA"] = folder  # where a teacher's answers are kept
-        from mixer import distillation
+        from mixer.baselines import distillation
 
         distillation.WEIGHTS = Path(folder)
         for name, changes in configs(eager).items():

@@ -129,20 +129,31 @@ struct Float32 {
         for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) p = p * r + c;
         return (Vec)((Bits)p + exponent);
     }
-    // erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7). Without tanh's GELU, which fused.py knows.
+    // erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7), or the approximation by tanh, z·sigmoid(2w) with
+    // w = √(2/π)·(z + 0.044715 z³). Both need one exp.
     struct Gelu {
-        explicit Gelu(bool) {}
+        bool tanh;
+        explicit Gelu(bool tanh) : tanh(tanh) {}
         void operator()(Vec z, Vec* f, Vec* derivative) const {
-        Vec u = z < 0.f ? -z : z;
-        Vec e = exp(-0.5f * u * u);
-        Vec t = 1.f / (1.f + (0.3275911f * 0.70710678f) * u);
-        Vec tail = broadcast(0.5f * 1.061405429f);  // to be Φ(-u)
-        for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) tail = tail * t + 0.5f * c;
-        tail = tail * t * e;
-        Vec phi = z < 0.f ? tail : 1.f - tail;
-        *f = z * phi;
-        if (derivative) *derivative = phi + z * (0.398942280f * e);
-    }
+            if (tanh) {
+                const Vec square = z * z, w2 = (2 * 0.79788456f) * z * (1.f + 0.044715f * square);
+                const Vec e = exp(w2 < 0.f ? w2 : -w2), upper = 1.f / (1.f + e), lower = e * upper;
+                const Vec sigmoid = w2 < 0.f ? lower : upper;
+                *f = z * sigmoid;
+                if (derivative) *derivative = sigmoid + w2_slope(square) * z * upper * lower;
+                return;
+            }
+            Vec u = z < 0.f ? -z : z;
+            Vec e = exp(-0.5f * u * u);
+            Vec t = 1.f / (1.f + (0.3275911f * 0.70710678f) * u);
+            Vec tail = broadcast(0.5f * 1.061405429f);  // to be Φ(-u)
+            for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) tail = tail * t + 0.5f * c;
+            tail = tail * t * e;
+            Vec phi = z < 0.f ? tail : 1.f - tail;
+            *f = z * phi;
+            if (derivative) *derivative = phi + z * (0.398942280f * e);
+        }
+        static Vec w2_slope(Vec square) { return (2 * 0.79788456f) * (1.f + (3 * 0.044715f) * square); }
     };
     // Which of BLOCK elements of a row, two a column, dropout keeps.
     struct Keep {

@@ -5,11 +5,10 @@ hashes. torch.compile makes hundreds of them, one for all that lies between two 
 pass are then recorded, once for every batch size, and replayed as a whole (CUDA graphs).
 """
 
-import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixer.model import MixerBlock, MlpMixer
@@ -20,10 +19,9 @@ OPTIONS = {"deterministic": True, "force_shape_pad": True}
 VARIANTS = 1000  # of a compiled block in one process: by sizes, dropout and precision
 
 Block = Callable[[MixerBlock, Tensor, Tensor], Tensor]
-log = logging.getLogger("mixer")
 
 
-class Replayed:
+class Graphed:
     """``model`` in training on CUDA: the same function and the same dropout masks, rounded in other places.
 
     Called as the model is, under an autocast that caches nothing, with normalised images on the device. A backward
@@ -44,23 +42,10 @@ class Replayed:
                 self._recordings[images.shape] = _Recording(self.model, self._block, images, seeds)
         return _Replay.apply(self._recordings[images.shape], images, seeds, self.model.head.bias)
 
-
-def replayed(model: MlpMixer, images: Tensor) -> Replayed | None:
-    """For batches like these; None where that cannot be had, and a line in the log says why."""
-    candidate = Replayed(model)
-    try:
-        candidate(images)
-    except Exception as error:  # a missing compiler, an old GPU, a block that cannot be recorded: anything
-        log.warning(
-            "The mixer trains kernel by kernel on this GPU, which is many times slower, since its step could not be "
-            "compiled and recorded (%s: %s).",
-            type(error).__name__,
-            str(error).strip().partition("\n")[0],
-        )
-        for block in model.blocks:
+    def forget(self) -> None:
+        """Leave no seeds behind that were drawn ahead, where a recording has failed."""
+        for block in self.model.blocks:
             block.dropout.drawn = ()
-        return None
-    return candidate
 
 
 def draw_seeds(model: MlpMixer, device: torch.device) -> Tensor:
@@ -85,10 +70,11 @@ class _Recording:
     """Forward and backward pass for batches of one size, and the tensors from and to which they are replayed."""
 
     def __init__(self, model: MlpMixer, block: Block, images: Tensor, seeds: Tensor):
-        def mixing(blocks: nn.ModuleList, x: Tensor) -> Tensor:
-            for each, of_block in zip(blocks, self.seeds, strict=True):
+        def forward() -> Tensor:
+            x = model.embed(self.images)
+            for each, of_block in zip(model.blocks, self.seeds, strict=True):
                 x = block(each, x, of_block)
-            return x
+            return model.classify(x)
 
         self.images, self.seeds = images.clone(), seeds.clone()
         self.parameters = list(model.parameters())
@@ -96,14 +82,14 @@ class _Recording:
         aside.wait_stream(torch.cuda.current_stream(images.device))
         with torch.cuda.stream(aside):  # what is compiled, loaded or measured at first use must not be recorded
             for _ in range(3):
-                logits = model(self.images, mixing)
+                logits = forward()
                 torch.autograd.grad(logits, self.parameters, torch.ones_like(logits))
         torch.cuda.current_stream(images.device).wait_stream(aside)
         # Other threads may go on using the device meanwhile.
         how = {"stream": aside, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, **how):
-            self.logits = model(self.images, mixing)
+            self.logits = forward()
         self.upstream = torch.empty_like(self.logits)
         with torch.cuda.graph(self.backward, pool=self.forward.pool(), **how):
             gradients = torch.autograd.grad(self.logits, self.parameters, self.upstream)

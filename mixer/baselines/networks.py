@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixer.config import Config
+from mixer.data import Data, normalise
 from mixer.kernels.dropout import Dropout
-from mixer.model import initialise, uninitialised
+from mixer.model import MlpMixer, count_patches, initialise, uninitialised
 
+WHITEN_BY = 5000  # images
 HIDDEN = 654  # 948,310 parameters for Fashion-MNIST
 WIDTHS = (64, 64, 128, 128, 128)  # channels of the residual blocks, behind a stem of half as many: 955,210 parameters
 
@@ -95,3 +98,29 @@ class ConvNet(nn.Module):
 
 def _convolution(channels_in: int, channels_out: int, size: int, stride: int, generator: torch.Generator) -> nn.Conv2d:
     return _drawn(uninitialised(nn.Conv2d, channels_in, channels_out, size, stride, padding=size // 2), generator)
+
+
+def build_network(config: Config, data: Data, generator: torch.Generator | None = None) -> nn.Module:
+    """The config's network for images and classes like those of ``data``, with its initial weights."""
+    if config.network == "conv":
+        return ConvNet(data.num_classes, config.dropout_p, generator)
+    if config.network == "mlp":
+        return PlainMlp(data.train_images[0].numel(), data.num_classes, config.dropout_p, generator)
+    model = MlpMixer(
+        num_classes=data.num_classes,
+        num_blocks=config.num_blocks,
+        patch_size=config.patch_size,
+        num_patches=count_patches(tuple(data.train_images.shape[1:]), config.patch_size),
+        num_channels=config.num_channels,
+        patches_mlp_dim=config.patches_mlp_dim,
+        channels_mlp_dim=config.channels_mlp_dim,
+        dropout_p=config.dropout_p,
+        skip_connections=config.skip_connections,
+        gelu=config.gelu,
+        initialisation=config.initialisation,
+        generator=generator,
+    )
+    if config.whiten:
+        first = data.train_images[:WHITEN_BY].to("cpu")
+        model.stem.whiten(normalise(first, data.pixel_mean, data.pixel_std))
+    return model

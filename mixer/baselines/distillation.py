@@ -1,0 +1,105 @@
+"""Distillation from a convolutional network that was trained on the same images.
+
+As in Beyer et al. 2021 (arXiv:2106.05237, "a good teacher is patient and consistent") student and teacher see the same
+view of an image, and the teacher's soft targets replace the label. Flips and shifts give an image few views (50 with
+shifts of up to two pixels), so the teacher sees each once and its logits are kept. Two images mixed into one are never
+the same again: the teacher sees those live.
+
+The teacher is trained as any run, ``Config(network="conv")``.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor
+from tqdm import tqdm
+
+from mixer.augment import Batch, view
+from mixer.baselines.networks import ConvNet
+from mixer.config import Config
+from mixer.data import Data, normalise
+from mixer.download import data_folder
+from mixer.files import PROJECT, check_writable, seal, unseal, write_whole
+
+WEIGHTS = PROJECT / "results" / "teachers"
+
+
+def weights_of(name: str) -> Path:
+    """The file of the teacher of this name, which need not be there."""
+    return WEIGHTS / f"{name}.safetensors"
+
+
+class Distillation:
+    """The loss of a student: KL divergence from a teacher, times the temperature's square (Hinton et al. 2015).
+
+    ``data``: what the student trains on. The teacher's ``logits`` (views, N, num_classes), float16, for the views in
+    the order of ``augment.view``, are computed once, which takes minutes, and kept in the data folder.
+
+    Raises ValueError where there is no such teacher, or one that was trained on other images than ``data``'s; OSError.
+    """
+
+    def __init__(self, config: Config, data: Data, device: torch.device, precision: str):
+        path = weights_of(config.teacher)
+        try:
+            weights = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"there is no teacher {path} ({error.strerror}): train it first") from None
+        views = (2 if config.flip else 1) * (2 * config.shift + 1) ** 2
+        decisive = repr((views, config.shift, precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()
+        name = f"{config.teacher}-{hashlib.sha256(weights + decisive).hexdigest()[:16]}.bin"
+        kept, shape = data_folder() / "teachers" / name, (views, len(data.train_images), data.num_classes)
+        self.model = _conv_net(path, weights, data).to(device).requires_grad_(False)
+        check_writable(kept)
+        with FileLock(kept.with_suffix(".lock")):  # students that begin side by side let one of them do it
+            try:
+                content = unseal(kept.read_bytes())
+            except (OSError, ValueError):
+                content = _logits(self.model, data, views, config.shift, precision).numpy().tobytes()
+                write_whole(kept, seal(content))
+        self.weights_sha256 = hashlib.sha256(weights).hexdigest()
+        self.sha256 = hashlib.sha256(content).hexdigest()  # of the logits, which may differ from machine to machine
+        self.logits = torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(device)
+        self.temperature, self.precision = config.temperature, precision
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        targets = self.targets(batch)
+        student, teacher = (F.log_softmax(each / self.temperature, dim=1) for each in (logits, targets))
+        return self.temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """The teacher's logits (B, num_classes), float32, for the very images that the student sees."""
+        if batch.share == 1:
+            return self.logits[batch.views.to(self.logits.device), batch.index].float()
+        with torch.autocast(batch.inputs.device.type, torch.bfloat16, self.precision == "bfloat16", False):
+            return self.model(batch.inputs)
+
+
+def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
+    model = ConvNet(data.num_classes)
+    try:
+        model.load_state_dict(load(weights))
+        with safe_open(path, "pt") as file:
+            origin = json.loads(file.metadata()["mixer"])
+        seen = [origin[name] for name in ("data_sha256", "pixel_mean", "pixel_std")]
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} does not hold a teacher of {data.num_classes} classes: train it again") from None
+    if seen != [data.sha256, data.pixel_mean, data.pixel_std]:  # it may have seen the student's validation images
+        raise ValueError(f"the teacher {path} was trained on other images than its student: train one on the same")
+    return model.eval()
+
+
+def _logits(model: ConvNet, data: Data, views: int, shift: int, precision: str) -> Tensor:
+    device, batches = data.train_images.device, data.train_images.split(1000)
+    logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)
+    for number in tqdm(range(views), desc="the teacher's logits for every view", leave=False, disable=None):
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            seen = (view(images, torch.full((len(images),), number), shift) for images in batches)
+            answers = [model(normalise(images, data.pixel_mean, data.pixel_std)) for images in seen]
+        logits[number] = torch.cat(answers).half()
+    return logits

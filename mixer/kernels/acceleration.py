@@ -1,0 +1,213 @@
+"""The fast path, asked for and proven: ``fast = accelerate(model, images)``, like torch.compile.
+
+On the CPU all blocks run as one operator (``fused.py``), on CUDA a training step is recorded and replayed
+(``graphs.py``); both compute the mixer as model.py has it. Whether *this* model still is that, no list of possible
+changes could tell. So the two are run on a few images, and logits and every gradient are compared. Where they differ by
+more than rounding, the model itself is the answer.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from mixer.kernels import fused
+from mixer.kernels.graphs import Graphed
+from mixer.model import MixerBlock, MlpMixer
+
+PROOF_IMAGES = 2  # of a batch, which are enough for every parameter to have a gradient
+# The fast path may be so many times as far from float64 as eager PyTorch is, and a rounding more. On CPUs both are at
+# 1e-6 and GELU's two forms 1e-4 apart, but in a deep network without skip connections both are at 1e-4.
+SLACK, ROUNDING = 10, 1e-6
+Forward = Callable[[Tensor], Tensor]
+
+log = logging.getLogger("mixer")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What computes a model: ``path`` is "fused", "graphs" or "eager", and then ``reason`` says why."""
+
+    forward: Forward
+    path: str
+    reason: str = ""
+
+
+def accelerate(model: nn.Module, images: Tensor) -> Forward:
+    """A callable that computes what ``model`` computes, sooner; the model itself where that cannot be had.
+
+    images: a batch as it will be given, normalised, on the model's device. Call this under the autocast that will be
+    used. A log line says why a model stays in eager PyTorch. Model, gradients and generators are left as they were.
+
+    Accelerate again after changing the model, as with torch.compile. The comparison is in float32 on the CPU and does
+    not see what another precision does, nor what ``forward`` does beside its answer: a print in it is only run here.
+    """
+    choice = choose(model, images)
+    if choice.path == "eager":
+        log.warning("The model runs in eager PyTorch, since %s.", choice.reason)
+    return choice.forward
+
+
+def choose(model: nn.Module, images: Tensor, before: Choice | None = None) -> Choice:
+    """As :func:`accelerate`, with the reason. ``before``: an earlier choice for the model, whose recordings are kept."""
+    try:
+        if images.device.type == "cuda":
+            return _graphed(model, images, before)
+        if images.device.type == "cpu":
+            return _fused(model, images)
+        return Choice(model, "eager", f"there is no fast path on {images.device.type}")
+    except NotServed as reason:
+        return Choice(model, "eager", str(reason))
+
+
+class NotServed(Exception):
+    """Why a model has no fast path."""
+
+
+class Fused:
+    """A mixer whose blocks are computed by the CPU's operator, under the autocast of the caller."""
+
+    def __init__(self, model: MlpMixer):
+        blocks = list(model.blocks)
+        settings = {(b.skip_connections, b.gelu, b.dropout.p, b.dropout.generator) for b in blocks}
+        if len(settings) != 1:
+            raise NotServed("its blocks have different settings")
+        self.model, self.dropout, self.count = model, blocks[0].dropout, len(blocks)
+        ((self.skip, self.gelu, self.p, _),) = settings
+        self.parameters = fused.parameters_of(blocks)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        bfloat16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        p = self.p if self.dropout.active else 0.0
+        seeds = self.dropout.seeds(self.count, 4) if p else torch.zeros(self.count, 4, dtype=torch.int64, device="cpu")
+        x = self.model.embed(images)
+        x = fused.fused_blocks(x, self.parameters, seeds, p, bfloat16, self.skip, self.gelu)
+        return self.model.classify(x)
+
+
+def _fused(model: nn.Module, images: Tensor) -> Choice:
+    _ask(model)
+    if not fused.available(bfloat16=torch.is_autocast_enabled("cpu")):
+        raise NotServed("the fused operator is not available")
+    try:
+        if model.num_channels != fused.CHANNELS:
+            raise NotServed(f"it has {model.num_channels} channels, and the fused operator serves {fused.CHANNELS}")
+        fast = Fused(model)
+        with torch.autocast("cpu", enabled=False), fused.threads_for_the_operator():
+            _compare(model, fast, images[:PROOF_IMAGES].float())
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise NotServed(_first_line(error)) from None
+    return Choice(fast, "fused")
+
+
+def _graphed(model: nn.Module, images: Tensor, before: Choice | None) -> Choice:
+    _ask(model)
+    if before is not None and isinstance(before.forward, Graphed):
+        return before  # an eager step takes as long as thirty recorded ones, so it is compared once
+    fast = Graphed(model)
+    try:
+        _compare(model, fast, images)
+    except NotServed:
+        fast.forget()
+        raise
+    except Exception as error:  # a missing compiler, an old GPU, a block that cannot be recorded: anything
+        fast.forget()
+        raise NotServed(f"its step could not be recorded ({type(error).__name__}: {_first_line(error)})") from None
+    return Choice(fast, "graphs")
+
+
+def _ask(model: nn.Module) -> None:
+    """The two questions whose answers need not show in numbers: our classes, and no hooks, which have to be called."""
+    if type(model) is not MlpMixer:
+        raise NotServed(f"{type(model).__name__} is not MlpMixer")
+    other = next((block for block in model.blocks if type(block) is not MixerBlock), None)
+    if other is not None or not len(model.blocks):
+        raise NotServed(f"a block is {type(other).__name__}, not MixerBlock")
+    hooked = next((name for name, module in model.named_modules() if _has_hooks(module)), None)
+    if hooked is not None or _has_any_global_hook():
+        raise NotServed(f"a hook is registered on {hooked or 'the model'}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def _compare(model: nn.Module, fast: Forward, images: Tensor) -> None:
+    """Raise NotServed where logits or a gradient differ, in training mode, with the same dropout.
+
+    Both are held against the model in float64: ``fast`` may be SLACK times as far from it as eager PyTorch is.
+    """
+    with _restored(model) as rewind, torch.inference_mode(False), torch.enable_grad():
+        model.train()
+        rewind()
+        with torch.autocast(images.device.type, enabled=False):
+            exact = copy.deepcopy(model).double()
+            truth = _answers(exact, exact, images.double())
+        eager = _errors(_answers(model, model, images), truth)
+        rewind()
+        if not _errors(_answers(model, fast, images), truth) <= SLACK * eager + ROUNDING:
+            raise NotServed("it computes something else than the fast path")
+
+
+def _answers(model: nn.Module, forward: Forward, images: Tensor) -> list[Tensor | None]:
+    """Logits, and the gradients of all parameters."""
+    logits = forward(images.clone())
+    (logits * torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = None
+    return [logits.detach(), *gradients]
+
+
+def _errors(answers: list[Tensor | None], truth: list[Tensor | None]) -> float:
+    """The largest error by the norm, relative to the answer; to a hundredth of all gradients, where that is more."""
+    if [answer is None for answer in answers] != [answer is None for answer in truth]:
+        return float("inf")
+    pairs = [(one, other) for one, other in zip(answers, truth, strict=True) if one is not None]
+    scale = sum(float(other.norm()) ** 2 for _, other in pairs[1:]) ** 0.5 / 100
+    return max(float((one - other).norm() / max(float(other.norm()), scale, 1e-30)) for one, other in pairs)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Within it, the model may be trained. Gives what sets every generator back to where it was.
+
+    What is zero, like the head at first, is random meanwhile: it would hide whatever lies behind it.
+    """
+    tensors = [*chain(model.parameters(), model.buffers())]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    gradients = [parameter.grad for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    drawn_from = (vars(module)["generator"] for module in model.modules() if "generator" in vars(module))
+    states = {g: g.get_state() for g in (given or torch.default_generator for given in drawn_from)}
+
+    def rewind() -> None:
+        for generator, state in states.items():
+            generator.set_state(state)
+
+    try:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1, generator=torch.Generator(parameter.device).manual_seed(0))
+        yield rewind
+    finally:
+        rewind()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, kept, strict=True):
+                tensor.copy_(value)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training
