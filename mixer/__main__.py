@@ -15,9 +15,10 @@ import pandas as pd
 from mixer import data as fashion_mnist
 from mixer.config import BATCH_SIZES, DROPOUTS, LRS, RECIPES, Config, grid
 from mixer.data import DataError
-from mixer.device import cores, find_device, find_precision
 from mixer.records import RESULTS, Record, RecordError, best_epoch, record_path
 from mixer.runner import GridError, run_grid
+from mixer.system.device import find_device, find_precision
+from mixer.system.processes import cores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mixer.files import seal, unseal, write_whole
+from mixer.system.files import seal, unseal, write_whole
 
 log = getLogger("mixer")
 

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
-from mixer.device import autocast, threads_after_fork
-from mixer.files import expand
 from mixer.kernels.acceleration import choose
 from mixer.model import MlpMixer, count_patches
 from mixer.records import RESULTS
+from mixer.system.device import autocast, threads_after_fork
+from mixer.system.files import expand
 
 EVAL_BATCH = 1000  # images at a time, which keeps the eager model's hidden layer near 100 MB
 WEIGHTS = RESULTS / "best.safetensors"

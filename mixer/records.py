@@ -17,8 +17,8 @@ import torch
 import torchvision
 
 from mixer.config import Config, grid
-from mixer.files import PROJECT, expand, write_whole
 from mixer.kernels import fused
+from mixer.system.files import PROJECT, expand, write_whole
 
 RECORD_FORMAT = 1
 RESULTS = PROJECT / "results"
@@ -120,10 +120,10 @@ def coursework(records: Iterable[Record], seed: int = 0) -> list[Record]:
 
 _PACKAGE = Path(__file__).parent
 _CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
-# What a run's bits depend on: the core, the kernels and the baselines.
+# What a run's bits depend on: all but reporting and studies.
 _DECISIVE = sorted(
     str(path.relative_to(_PACKAGE))
-    for pattern in ("*.py", "kernels/*.py", "kernels/*.cpp", "baselines/*.py")
+    for pattern in ("*.py", "kernels/*.py", "kernels/*.cpp", "baselines/*.py", "system/*.py")
     for path in _PACKAGE.glob(pattern)
 )
 

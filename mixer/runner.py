@@ -7,28 +7,22 @@ import contextlib
 import functools
 import hashlib
 import logging
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import filelock
-import torch
 
 from mixer import data as fashion_mnist
 from mixer.baselines.distillation import weights_of as teacher_weights
 from mixer.checkpoint import last_weights
 from mixer.config import Config
-from mixer.device import cores
-from mixer.files import check_writable, expand
 from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
+from mixer.system.files import check_writable, expand
+from mixer.system.processes import ctrl_c_held_back, position, processes
 from mixer.training import Interrupted, part_of, train
 
 log = logging.getLogger("mixer")
@@ -87,7 +81,7 @@ def _run_all(configs: list[Config], run: functools.partial, executor: Executor |
     todo, lost, trial = configs, [], 0
     failures: dict[Config, str] = {}
     while todo:
-        busy, pool = [], _processes(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor)
+        busy, pool = [], processes(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor)
         with pool as workers:
             for config, job in _started(todo, functools.partial(run, wait=trial > 0), workers):
                 try:
@@ -128,7 +122,7 @@ def _started(todo: list[Config], run: functools.partial, executor: Executor | No
         return
     jobs: dict[Future, Config] = {}
     try:
-        with _ctrl_c_held_back():
+        with ctrl_c_held_back():
             for config in todo:
                 jobs[executor.submit(run, config)] = config
     except (OSError, AssertionError, RuntimeError) as error:
@@ -164,7 +158,7 @@ def run_one(
             with lock:
                 if not os.path.lexists(path):  # nobody finished it while we waited
                     own = None if data is None else fashion_mnist.load_folder(data)
-                    how = {"device": device, "precision": precision, "progress": progress, "position": _position}
+                    how = {"device": device, "precision": precision, "progress": progress, "position": position()}
                     write_record(train(config, data=own, checkpoint=checkpoint, weights=weights, **how), path)
                     checkpoint.unlink(missing_ok=True)
         except filelock.Timeout:
@@ -210,53 +204,3 @@ def _sha256_of_part(limit: int | None, validation: bool, folder: Path | None) ->
         return fashion_mnist.SHA256
     data = fashion_mnist.load() if folder is None else fashion_mnist.load_folder(folder)
     return part_of(data, Config(limit=limit, validation=validation)).sha256
-
-
-# Processes on this machine
-
-_position: int | None = None  # in a worker: the line of its progress bar
-
-
-@contextlib.contextmanager
-def _processes(jobs: int) -> Iterator[Executor]:
-    """A pool of processes that share the machine's cores evenly. Where this process stops, they are killed."""
-    context, before = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    positions = context.SimpleQueue()
-    for position in range(jobs):
-        positions.put(position)
-    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (positions, max(1, cores() // jobs)))
-    try:
-        yield pool
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - set(before):
-            process.kill()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(positions: Any, threads: int) -> None:
-    global _position
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    _position = positions.get()
-    torch.set_num_threads(threads)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-
-def _die_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal, but only the first one decides: those started here inherit this."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # which would lift the mask, were it started later
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

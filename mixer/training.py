@@ -31,15 +31,15 @@ from mixer.baselines.networks import build_network
 from mixer.checkpoint import last_weights, load, save, save_weights
 from mixer.config import Config
 from mixer.data import Data, normalise, validation_split
-from mixer.device import autocast, by_itself, find_device, find_precision, threads_after_fork
-from mixer.files import check_writable, expand
 from mixer.kernels import fused
 from mixer.kernels.acceleration import Choice, choose
 from mixer.model import MlpMixer
 from mixer.optim import optimisers, schedule
 from mixer.predict import EVAL_BATCH, predict
-from mixer.progress import Bar
 from mixer.records import RECORD_FORMAT, Record, best_epoch, environment
+from mixer.system.device import autocast, by_itself, find_device, find_precision, threads_after_fork
+from mixer.system.files import check_writable, expand
+from mixer.system.progress import Bar
 
 log = getLogger("mixer")
 

@@ -63,7 +63,7 @@ def golden(eager: bool) -> dict[str, str]:
     from mixer import Config, train
     from mixer.config import RECIPES
     from mixer.data import load
-    from mixer.device import find_precision
+    from mixer.system.device import find_precision
 
     data = load()
     data = replace(data.first(2000), test_images=data.test_images[:500], test_labels=data.test_labels[:500])

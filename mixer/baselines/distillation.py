@@ -25,7 +25,7 @@ from mixer.baselines.networks import ConvNet
 from mixer.config import Config
 from mixer.data import Data, normalise
 from mixer.download import data_folder
-from mixer.files import PROJECT, check_writable, seal, unseal, write_whole
+from mixer.system.files import PROJECT, check_writable, seal, unseal, write_whole
 
 WEIGHTS = PROJECT / "results" / "teachers"
 

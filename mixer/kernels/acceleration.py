@@ -55,7 +55,7 @@ def accelerate(model: nn.Module, images: Tensor) -> Forward:
 
 
 def choose(model: nn.Module, images: Tensor, before: Choice | None = None) -> Choice:
-    """As :func:`accelerate`, with the reason. ``before``: an earlier choice for the model, whose recordings are kept."""
+    """As :func:`accelerate`, with the reason. ``before``: an earlier choice, whose CUDA graphs are kept."""
     try:
         if images.device.type == "cuda":
             return _graphed(model, images, before)

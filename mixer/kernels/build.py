@@ -18,7 +18,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from mixer import files
+from mixer.system import files
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC", "-pthread")

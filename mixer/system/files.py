@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[2]
 
 
 def expand(path: Path | str) -> Path:
