@@ -6,7 +6,7 @@ from mixer import Config, MlpMixer, train
 from mixer.config import Config, grid
 from mixer.kernels.acceleration import accelerate
 from mixer.model import MixerBlock, MlpMixer
-from mixer.predict import classify
+from mixer.prediction import classify
 from mixer.records import histories
 from mixer.runner import run_grid
 from mixer.training import train

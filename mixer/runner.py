@@ -22,7 +22,7 @@ from mixer.checkpoint import last_weights
 from mixer.config import Config
 from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
 from mixer.system.files import check_writable, expand
-from mixer.system.processes import ctrl_c_held_back, position, processes
+from mixer.system.processes import ctrl_c_held_back, position, worker_pool
 from mixer.training import Interrupted, part_of, train
 
 log = logging.getLogger("mixer")
@@ -81,7 +81,7 @@ def _run_all(configs: list[Config], run: functools.partial, executor: Executor |
     todo, lost, trial = configs, [], 0
     failures: dict[Config, str] = {}
     while todo:
-        busy, pool = [], processes(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor)
+        busy, pool = [], worker_pool(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor)
         with pool as workers:
             for config, job in _started(todo, functools.partial(run, wait=trial > 0), workers):
                 try:

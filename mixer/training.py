@@ -35,7 +35,7 @@ from mixer.kernels import fused
 from mixer.kernels.acceleration import Choice, choose
 from mixer.model import MlpMixer
 from mixer.optim import optimisers, schedule
-from mixer.predict import EVAL_BATCH, predict
+from mixer.prediction import EVAL_BATCH, predict
 from mixer.records import RECORD_FORMAT, Record, best_epoch, environment
 from mixer.system.device import autocast, by_itself, find_device, find_precision, threads_after_fork
 from mixer.system.files import check_writable, expand
