@@ -1,5 +1,3 @@
-"""Shuffled images: what is moved, that a mixer cannot tell, and that what is written can be trained on."""
-
 import copy
 
 import pytest
@@ -13,50 +11,45 @@ from mixer.studies.shuffle import SIDES, order, shuffle
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 14])
-def test_squares_move_as_they_are_to_the_places_that_the_order_says(side):
-    images = torch.arange(3 * 28 * 28).view(3, 28, 28)
-    moved, columns = shuffle(images, side), 28 // side
-
-    def square(image, place):
-        top, left = side * (place // columns), side * (place % columns)
-        return image[top : top + side, left : left + side]
-
-    for place, source in enumerate(order(columns**2).tolist()):
-        for before, after in zip(images, moved, strict=True):
-            assert torch.equal(square(after, place), square(before, source))
+def test_moves_whole_squares_to_their_places_in_the_order(side):
+    images, columns = torch.arange(3 * 28 * 28).view(3, 28, 28), 28 // side
+    moved = shuffle(images, side)
     assert not torch.equal(moved, images)
+    for place, source in enumerate(order(columns**2).tolist()):
+        (top, left), (y, x) = ((side * (n // columns), side * (n % columns)) for n in (place, source))
+        assert torch.equal(moved[:, top : top + side, left : left + side], images[:, y : y + side, x : x + side])
 
 
-def test_squares_that_do_not_tile_are_refused():
+def test_rejects_squares_that_do_not_tile_an_image():
     with pytest.raises(ValueError, match="squares of 5×5 do not tile an image of 28×28"):
         shuffle(torch.zeros(1, 28, 28), 5)
 
 
-def test_to_a_mixer_shuffled_patches_are_other_places_of_its_weights(data):
-    """So one trained on them is, but for the initial weights, one trained on the images as they are."""
+def test_a_mixer_with_permuted_weights_gives_the_same_logits(data):
+    """So shuffled patches make no difference to its training, apart from the initial weights."""
     model = MlpMixer(num_blocks=2, patches_mlp_dim=32, channels_mlp_dim=32).eval()
     torch.nn.init.normal_(model.head.weight)
-    rewired, places = copy.deepcopy(model), order(49)
-    for block in rewired.blocks:
+    permuted, places = copy.deepcopy(model), order(49)
+    for block in permuted.blocks:
         block.patches_in.weight.data = block.patches_in.weight.data[:, places]
         for parameter in (block.patches_out.weight, block.patches_out.bias):
             parameter.data = parameter.data[places]
     images = data.test_images[:20]
-    expected = model(normalise(images))
-    torch.testing.assert_close(rewired(normalise(shuffle(images, 4))), expected, atol=1e-4, rtol=1e-4)
-    for other in (model(normalise(shuffle(images, 4))), rewired(normalise(shuffle(images, 1)))):
+    expected, patches = model(normalise(images)), normalise(shuffle(images, 4))
+    torch.testing.assert_close(permuted(patches), expected, atol=1e-4, rtol=1e-4)
+    for other in (model(patches), permuted(normalise(shuffle(images, 1)))):
         assert (other - expected).abs().max() > 0.1
 
 
-def test_the_two_data_sets_can_be_loaded(data, tmp_path, monkeypatch):
+def test_writes_two_data_sets_that_load(data, tmp_path, monkeypatch):
     few = first_images(data)
     monkeypatch.setattr(module.fashion_mnist, "load", lambda: few)
     module.main([str(tmp_path)])
     for name, side in SIDES.items():
         loaded = load_folder(tmp_path / name)
-        assert torch.equal(loaded.train_images, shuffle(few.train_images, side))
-        assert torch.equal(loaded.test_images, shuffle(few.test_images, side))
-        assert torch.equal(loaded.train_labels, few.train_labels) and torch.equal(loaded.test_labels, few.test_labels)
+        for split in ("train", "test"):
+            assert torch.equal(getattr(loaded, f"{split}_images"), shuffle(getattr(few, f"{split}_images"), side))
+            assert torch.equal(getattr(loaded, f"{split}_labels"), getattr(few, f"{split}_labels"))
     (tmp_path / "file").write_text("x")
     with pytest.raises(SystemExit, match="cannot be written"):
         module.main([str(tmp_path / "file")])

@@ -1,8 +1,8 @@
-"""Fashion-MNIST with the patches of every image, or its pixels, in another order, the same for all of them.
+"""Fashion-MNIST with the patches, or the pixels, of every image in one other order.
 
     python -m mixer.studies.shuffle FOLDER      writes FOLDER/shuffled-patches and FOLDER/shuffled-pixels
 
-These are data sets in Fashion-MNIST's layout: ``python -m mixer.runner --data FOLDER/shuffled-patches`` trains on one.
+Both are data sets in Fashion-MNIST's layout: ``python -m mixer --data FOLDER/shuffled-patches`` trains on one.
 """
 
 import argparse
@@ -16,21 +16,18 @@ from torch import Tensor
 from mixer import data as fashion_mnist
 from mixer.data import Data, DataError, idx_file
 from mixer.download import SHA256
-from mixer.files import write_whole
+from mixer.system.files import write_whole
 
-SIDES = {"shuffled-patches": 4, "shuffled-pixels": 1}  # of the squares that keep their pixels
+SIDES = {"shuffled-patches": 4, "shuffled-pixels": 1}  # of the squares that are moved whole
 
 
 def order(count: int) -> Tensor:
-    """Which of ``count`` squares comes to each place, int64; always the same."""
+    """For each of ``count`` places the square that moves there, int64; always the same permutation."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def shuffle(images: Tensor, side: int) -> Tensor:
-    """Images (N, H, W) cut into squares of ``side`` pixels, row by row, that are put together in ``order``.
-
-    Raises ValueError where such squares do not tile an image.
-    """
+    """Cut images (N, H, W) into squares of ``side`` pixels and rearrange these in ``order``. Raises ValueError."""
     count, height, width = images.shape
     if height % side or width % side:
         raise ValueError(f"squares of {side}×{side} do not tile an image of {height}×{width}")
@@ -42,17 +39,15 @@ def shuffle(images: Tensor, side: int) -> Tensor:
 
 def write(data: Data, folder: Path) -> None:
     """Write ``data`` as ``data.load_folder`` reads it. Raises OSError."""
-    tensors = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    for name, tensor in zip(SHA256, tensors, strict=True):
-        write_whole(folder / name, idx_file(tensor))
+    for name, field in zip(SHA256, ("train_images", "train_labels", "test_images", "test_labels"), strict=True):
+        write_whole(folder / name, idx_file(getattr(data, field)))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixer.studies.shuffle", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where the two data sets go, 50 MB each")
-    folder = parser.parse_args(arguments).folder
     try:
-        data = fashion_mnist.load()
+        folder, data = parser.parse_args(arguments).folder, fashion_mnist.load()
         for name, side in SIDES.items():
             train, test = (shuffle(images, side) for images in (data.train_images, data.test_images))
             write(replace(data, train_images=train, test_images=test), folder / name)
