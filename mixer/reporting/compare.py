@@ -1,6 +1,6 @@
-"""Sets of settings, each trained with several seeds: what they come to, and how far they differ.
+"""Compare sets of settings, each trained with several seeds.
 
-A *set* is a label, a word or a tuple of words, with its configs, one a seed.
+A *set* is a label (a word or a tuple of words) with its configs, one per seed.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -21,7 +21,7 @@ LEARNED = 80.0  # per cent: a linear classifier gets 84
 def outcomes(
     sets: Mapping[Hashable, Sequence[Config]], found: Mapping[Config, Record], names: Sequence[str], last: int = 1
 ) -> pd.Series:
-    """Test accuracy in per cent of every run, by the set's ``names`` and "seed"; nothing as long as one is missing.
+    """Test accuracy in per cent of every run, by the set's ``names`` and "seed"; empty as long as a run is missing.
 
     It is the mean of the ``last`` epochs. A run that diverged counts as guessing.
     """
@@ -38,7 +38,7 @@ def outcomes(
 
 
 def by_set(accuracy: pd.Series) -> pd.DataFrame:
-    """Of each set of what ``outcomes`` gives: count, mean, min, max."""
+    """Count, mean, min and max of each set; accuracy: as ``outcomes`` gives it."""
     return accuracy.groupby(level=accuracy.index.names[:-1], sort=False).agg(["count", "mean", "min", "max"])
 
 
@@ -46,7 +46,8 @@ def compare(accuracy: pd.Series, pairs: Mapping[Hashable, tuple[Hashable, Hashab
     """For each pair of sets the difference of their means in points, its 95 % t interval, p, and p by Holm.
 
     accuracy: as ``outcomes`` gives it. The deviation between seeds is pooled over all sets that have learned, and
-    "freedom" is what it has; pairs with a set that has not, because one of its seeds is below LEARNED, are not tested.
+    "freedom" is its degrees of freedom. A set has learned if all its seeds reach LEARNED; a pair with one that has
+    not is not tested.
     """
     lowest = accuracy.groupby(level=accuracy.index.names[:-1]).transform("min")
     learned = accuracy[lowest >= LEARNED]

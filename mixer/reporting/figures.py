@@ -7,7 +7,7 @@ and as PNG for people. The same numbers give the same bytes: no dates, no versio
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, cycle
+from itertools import chain, cycle, zip_longest
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,15 +18,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from statsmodels.stats.proportion import proportion_confint
 
 from mixer.data import CLASSES
-from mixer.files import write_whole
 from mixer.model import MlpMixer
+from mixer.system.files import PROJECT, write_whole
 
-FIGURES = Path(__file__).parents[2] / "figures"
+FIGURES = PROJECT / "figures"
 WIDTH = 6.3  # inches: the text width of report.tex, so that a font size here is a font size there
 
 BLUE, ORANGE = "#1F4E8C", "#E08A00"  # also different greys when printed
@@ -91,56 +91,48 @@ def save(figure: Figure, name: str, folder: Path | str = FIGURES) -> None:
 
 # Each setting has a mark of its own: two curves differ in as many marks as their runs differ in settings. The
 # coursework's values come first and keep their marks whatever other values a grid has.
+_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (2, 3)))
 _MARKS = {
-    "lr": ("learning rate", "color", (0.001, 0.01), (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)),
-    "dropout_p": (
-        "dropout",
-        "linestyle",
-        (0.0, 0.1),
-        ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (2, 3))),
-    ),
-    "batch_size": ("batch size", "marker", (256, 512), ("o", "s", "^", "D", "v", "P")),
+    "lr": ("learning rate", "color", ("0.001", "0.01"), (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)),
+    "dropout_p": ("dropout", "linestyle", ("0", "0.1"), _DASHES),
+    "batch_size": ("batch size", "marker", ("256", "512"), ("o", "s", "^", "D", "v", "P")),
 }
 _MEASURED = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
 
 def _word(value: object) -> str:
-    """A setting's value. A ``limit`` of None is "all", and it has made pandas take the others for fractions."""
-    if isinstance(value, float):
-        return "all" if np.isnan(value) else f"{value:g}"
-    return str(value)
+    """A setting's value. In a column with None, pandas may have turned None into NaN and whole numbers into floats."""
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def encode(histories: pd.DataFrame) -> dict[str, tuple[str, dict[object, object]]]:
-    """Column -> the kind of its mark, and for each of its values the colour, line style or marker.
+def encode(histories: pd.DataFrame) -> dict[str, tuple[str, dict[str, object]]]:
+    """Column -> the kind of its mark, and for each of its values, as a word, the colour, line style or marker.
 
     The columns are lr, dropout_p and batch_size; where one of them has a single value, another setting that varies
     takes its place. Beyond six values of a setting, marks are used again. Raises ValueError where more than three vary.
     """
     varying = [name for name in _settings(histories) if histories[name].map(_word).nunique() > 1]
     if len(varying) > len(_MARKS):
-        raise ValueError(
-            f"a curve has marks for three settings, and {', '.join(varying)} vary: draw a part of the runs"
-        )
+        raise ValueError(f"{', '.join(varying)} vary, but curves have marks for three: draw a part of the runs")
     others = iter([name for name in varying if name not in _MARKS])
     encoding = {}
     for column, (_, kind, known, marks) in _MARKS.items():
-        other = None if column in varying else next(others, None)
-        if other:
-            encoding[other] = kind, dict(zip(sorted(histories[other].map(_word).unique()), cycle(marks), strict=False))
-        else:
-            there = set(histories[column])
-            further = zip(sorted(there - set(known)), cycle(marks[len(known) :]), strict=False)
-            every = dict(chain(zip(known, marks, strict=False), further))
-            encoding[column] = kind, {value: every[value] for value in sorted(there)}
+        name = column if column in varying else next(others, column)
+        values = list(histories[name].sort_values().map(_word).unique())
+        fixed = dict(zip(known, marks, strict=False)) if name == column else {}
+        further = [value for value in values if value not in fixed]
+        every = fixed | dict(zip(further, cycle(marks[len(fixed) :]), strict=False))
+        encoding[name] = kind, {value: every[value] for value in values}
     return encoding
 
 
 def loss(histories: pd.DataFrame) -> Figure:
     """Fig. 1: train and test loss in two panels of one scale, a curve for each set of settings.
 
-    histories: as ``mixer.runner.histories`` gives them. Of several seeds a curve is the mean, in a band from the lowest
-    to the highest.
+    histories: as ``mixer.records.histories`` gives them. Of several seeds a curve is the mean, in a band from the
+    lowest to the highest.
     """
     with drawing(2.6) as figure:
         axes = figure.subplots(1, 2, sharey=True)
@@ -190,23 +182,14 @@ def _settings(histories: pd.DataFrame) -> list[str]:
     return [name for name in histories.columns if name not in (*_MEASURED, "seed")]
 
 
-def _curves(histories: pd.DataFrame, column: str) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:
-    """For each set of settings its marks, and the runs: a row an epoch, a column a seed."""
-    encoding = encode(histories)
-    sets = histories.groupby([histories[name].map(_word) for name in _settings(histories)], sort=False)
-    for _, rows in sets:
-        first = rows.iloc[0]
-        style = {}
-        for name, (kind, marks) in encoding.items():
-            style[kind] = marks[first[name] if name in _MARKS else _word(first[name])]
-        yield style, rows.pivot(index="epoch", columns="seed", values=column)
-
-
 def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int = 1) -> int:
-    """Gives how many epochs a point is the mean of: ``mean_of``, or 1 in a short training."""
-    curves = list(_curves(histories, column))
-    mean_of = mean_of if histories["epoch"].nunique() >= 4 * mean_of else 1  # of a short training it would hide all
-    for turn, (style, runs) in enumerate(curves):
+    """Returns how many epochs a point is the mean of: ``mean_of``, or 1 for a training so short that it would hide."""
+    mean_of = mean_of if histories["epoch"].nunique() >= 4 * mean_of else 1
+    encoding, settings = encode(histories), _settings(histories)
+    sets = histories.groupby([histories[name].map(_word) for name in settings], sort=False)
+    for turn, (values, rows) in enumerate(sets):
+        style = {kind: marks[values[settings.index(name)]] for name, (kind, marks) in encoding.items()}
+        runs = rows.pivot(index="epoch", columns="seed", values=column)
         smooth = runs.rolling(mean_of, center=True, min_periods=1).mean()
         smooth = smooth.where(runs.notna())  # ends where a run diverged
         if runs.shape[1] > 1:
@@ -215,15 +198,9 @@ def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int 
         elif mean_of > 1:
             axis.plot(runs, color=style["color"], linewidth=0.4, alpha=0.45)
         step = max(1, len(runs) // 9)
-        axis.plot(
-            smooth.mean(axis=1),
-            **style,
-            linewidth=1.0,
-            markersize=4,
-            markerfacecolor="white",
-            markeredgewidth=0.9,
-            markevery=(turn * step // len(curves), step),  # staggered, so that markers do not cover each other
-        )
+        style |= {"linewidth": 1.0, "markersize": 4, "markerfacecolor": "white", "markeredgewidth": 0.9}
+        staggered = turn * step // sets.ngroups, step  # so that markers do not cover each other
+        axis.plot(smooth.mean(axis=1), **style, markevery=staggered)
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     last = histories["epoch"].max() if len(histories) else 1
@@ -232,7 +209,7 @@ def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int 
 
 
 def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: bool, also: float | None = None) -> None:
-    """Frame the curves, leaving out their steep start and rare spikes, which would press all the rest together.
+    """Frame the curves, leaving out their steep start and rare spikes, which would squeeze all the rest.
 
     On the side from which the curves come, the frame ends where 98 % of the points after the first tenth of the
     epochs are inside, and every end of a whole run. ``also`` is a value that has to be inside.
@@ -256,24 +233,20 @@ def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: b
 def _legends(figure: Figure, histories: pd.DataFrame) -> None:
     """The marks above the curves: all on one line where they fit, else a line for each setting."""
     lines = []
+    neutral = {"color": MUTED, "linewidth": 1.4, "markersize": 4.5, "markerfacecolor": "white"}
     for column, (kind, marks) in encode(histories).items():
-        label = _MARKS[column][0] if column in _MARKS else column.replace("_", " ")
-        handles = [Line2D([], [], linestyle="none", label=label)]  # the title, on the line of its entries
-        for value, mark in marks.items():
-            neutral = {"color": MUTED, "linewidth": 1.4, "markersize": 4.5, "markerfacecolor": "white"}
-            text = value if isinstance(value, str) else f"{value:g}"
-            handles.append(Line2D([], [], **(neutral | {kind: mark}), label=text))
-        lines.append(handles)
+        title = _MARKS[column][0] if column in _MARKS else column.replace("_", " ")
+        entries = [Line2D([], [], **(neutral | {kind: mark}), label=value) for value, mark in marks.items()]
+        lines.append([Line2D([], [], linestyle="none", label=title), *entries])
     style = {"handlelength": 2.2, "handletextpad": 0.5, "columnspacing": 1.0, "borderpad": 0.1}
-    if max(map(len, lines)) <= 3:
+    columns = max(map(len, lines))
+    if columns <= 3:
         for place, handles in zip(("left", "center", "right"), lines, strict=True):
             legend = figure.legend(handles=handles, loc=f"outside upper {place}", ncols=len(handles), **style)
             legend.get_texts()[0].set_color(MUTED)
     else:  # a legend is filled column by column, so shorter lines are filled up with nothing
-        columns = max(map(len, lines))
         nothing = Line2D([], [], linestyle="none", label=" ")
-        padded = [handles + [nothing] * (columns - len(handles)) for handles in lines]
-        handles = list(chain(*zip(*padded, strict=True)))
+        handles = list(chain(*zip_longest(*lines, fillvalue=nothing)))
         legend = figure.legend(handles=handles, loc="outside upper left", ncols=columns, **style)
         for text in legend.get_texts()[: len(lines)]:
             text.set_color(MUTED)
@@ -302,115 +275,59 @@ def _show(axis: Axes, image: np.ndarray) -> None:
 
 def architecture(model: MlpMixer, image: np.ndarray) -> Figure:
     """The model from image to logits and, below, one block; all sizes are read off ``model``. image: (H, W) uint8."""
-    with drawing(HEIGHT) as figure:
+    (height, width), (down, right) = image.shape, model.patch_size
+    tokens, channels = model.num_patches, model.num_channels
+    with drawing(3.15) as figure:
         figure.set_layout_engine("none")
-        axis = figure.add_axes((0, 0, 1, 1))
-        axis.axis("off")
-        _draw_model(axis, model, image)
-        _draw_block(axis, model)
+        axis = figure.add_axes((0, 0, 1, 1), frameon=False, xticks=[], yticks=[])
+        axis.imshow(image, cmap="gray_r", extent=(0.12, 0.92, 2.28, 3.08), interpolation="none")
+        axis.vlines(np.linspace(0.12, 0.92, width // right + 1), 2.28, 3.08, color=ORANGE, linewidth=0.5)
+        axis.hlines(np.linspace(2.28, 3.08, height // down + 1), 0.12, 0.92, color=ORANGE, linewidth=0.5)
+        axis.text(0.52, 2.15, f"{height} × {width} pixels", ha="center", fontsize=7)
+        axis.axis((0, WIDTH, 0, 3.15))  # coordinates are inches
+        axis.fill((2.68, 0.08, 0.08, 6.22, 6.22, 3.36), (2.43, 1.84, 0.08, 0.08, 1.84, 2.43), "#F4F4F4", zorder=0)
+        for shift in (0.1, 0.05):  # further blocks behind the first
+            axis.add_patch(FancyBboxPatch((2.68 + shift, 2.43 + shift), 0.68, 0.5, **_BOX))
+        steps = [
+            (0.74, f"{tokens} patches\nof {down} × {right}", 0.60, f"stem\n{down * right} → {channels}"),
+            (0.42, f"{tokens}×{channels}", 0.68, f"{model.num_blocks} mixer\nblocks"),
+            (0.54, f"{tokens}×{channels}", 0.66, "LayerNorm"),
+            (0.13, "", 0.64, "mean over\npatches"),
+            (0.26, f"{channels}", 0.60, f"head\n{channels} → {model.num_classes}"),
+        ]
+        _draw_row(axis, 0.92, 2.68, 0.5, steps)
+        end, transpose = 0.1, (0.12, "", 0.24, "transpose")
+        for name, title, size, hidden, colour, turn in (
+            ("$X$", "token mixing, for every channel", tokens, model.patches_mlp_dim, "#FBE6C8", [transpose]),
+            ("$U$", "channel mixing, for every patch", channels, model.channels_mlp_dim, "#D3E0F1", []),
+        ):
+            start, labels = end + 0.31, (f"{size}\n↓\n{hidden}", "GELU", f"{hidden}\n↓\n{size}")
+            mlp = [*turn, *((0.12, "", 0.42, label, colour) for label in labels), *turn]
+            end = _draw_row(axis, end, 0.72, 0.9, [(0.43, name, 0.24, "LayerNorm"), *mlp, (0.12, "", 0.14, "+")])
+            axis.plot([start, start, end - 0.07], [0.72, 1.34, 1.34], color=INK, linewidth=0.7)
+            axis.annotate("", (end - 0.07, 0.79), (end - 0.07, 1.34), arrowprops=_ARROW)
+            axis.text((start + end) / 2, 1.38, "skip connection", color=MUTED, ha="center", fontsize=7)
+            axis.text((start + end) / 2, 1.6, title, ha="center")
+        axis.annotate("", (6.19, 0.72), (end, 0.72), arrowprops=_ARROW)
+        axis.text((end + 6.19) / 2, 0.78, "$Y$", ha="center", fontsize=6.5)
     return figure
 
 
-HEIGHT = 3.15  # inches, of the drawing, whose coordinates are inches
-NEUTRAL, TOKENS, CHANNELS = "#F4F4F4", "#FBE6C8", "#D3E0F1"
+_ARROW = {"arrowstyle": "-|>,head_width=0.13,head_length=0.26", "lw": 0.7, "color": INK, "shrinkA": 0, "shrinkB": 0}
+_BOX = {"boxstyle": "round,pad=0,rounding_size=0.04", "facecolor": "white", "edgecolor": INK, "linewidth": 0.7}
 
 
-def _draw_model(axis: Axes, model: MlpMixer, image: np.ndarray) -> None:
-    middle, left, size = 2.68, 0.12, 0.8
-    height, width = image.shape
-    patch_height, patch_width = model.patch_size
-    bottom = middle - size / 2
-    axis.imshow(image, cmap="gray_r", extent=(left, left + size, bottom, bottom + size), interpolation="none", zorder=1)
-    for cut in range(0, height + 1, patch_height):
-        axis.plot([left, left + size], [bottom + size * cut / height] * 2, color=ORANGE, linewidth=0.5)
-    for cut in range(0, width + 1, patch_width):
-        axis.plot([left + size * cut / width] * 2, [bottom, bottom + size], color=ORANGE, linewidth=0.5)
-    axis.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))  # imshow has set its own
-    _text(axis, left + size / 2, bottom - 0.1, f"{height} × {width} pixels")
-
-    table = f"{model.num_patches}×{model.num_channels}"
-    pixels, channels = patch_height * patch_width, model.num_channels
-    _arrow(axis, 0.92, 1.66, middle, f"{model.num_patches} patches", f"of {patch_height} × {patch_width}")
-    _box(axis, 1.66, middle, 0.58, 0.5, f"stem\n{pixels} → {channels}", NEUTRAL)
-    _arrow(axis, 2.24, 2.64, middle, table)
-    for depth in (2, 1, 0):
-        _box(axis, 2.64 + 0.05 * depth, middle + 0.05 * depth, 0.70, 0.5, "", NEUTRAL)
-    _text(axis, 2.99, middle, f"{model.num_blocks} mixer\nblocks")
-    _arrow(axis, 3.44, 3.84, middle, table)
-    _box(axis, 3.84, middle, 0.66, 0.5, "LayerNorm", NEUTRAL)
-    _arrow(axis, 4.50, 4.64, middle)
-    _box(axis, 4.64, middle, 0.62, 0.5, "mean over\npatches", NEUTRAL)
-    _arrow(axis, 5.26, 5.58, middle, f"{channels}")
-    _box(axis, 5.58, middle, 0.62, 0.5, f"head\n{channels} → {model.num_classes}", NEUTRAL)
-    for corner, x in ((2.64, 0.08), (3.34, WIDTH - 0.08)):  # the block, opened
-        axis.plot([corner, x], [middle - 0.25, 1.86], **_DOTTED)
-
-
-def _draw_block(axis: Axes, model: MlpMixer) -> None:
-    axis.plot(np.array([0.08, 0.08, WIDTH - 0.08, WIDTH - 0.08, 0.08]), [0.08, 1.86, 1.86, 0.08, 0.08], **_DOTTED)
-    patches, channels = model.num_patches, model.num_channels
-    _draw_half(axis, 0.14, "X", "token mixing, for every channel", patches, model.patches_mlp_dim, TOKENS, True)
-    _draw_half(axis, 3.16, "U", "channel mixing, for every patch", channels, model.channels_mlp_dim, CHANNELS, False)
-    _text(axis, 6.12, 0.85, "Y", style="italic")
-
-
-def _draw_half(
-    axis: Axes, left: float, name: str, title: str, size: int, hidden: int, fill: str, transposed: bool
-) -> None:
-    middle, bypass, plus = 0.72, 1.36, left + 2.78
-    _text(axis, left + 0.11, middle + 0.13, name, style="italic")
-    _arrow(axis, left, left + 0.36, middle)
-    _box(axis, left + 0.36, middle, 0.24, 0.9, "LayerNorm", NEUTRAL, rotation=90)
-    start, end = left + 0.72, left + 2.58
-    _arrow(axis, start - 0.12, start, middle)
-    _arrow(axis, end, plus - 0.07, middle)
-    if transposed:
-        for x in (start, end - 0.24):
-            _box(axis, x, middle, 0.24, 0.9, "transpose", NEUTRAL, rotation=90)
-        start, end = start + 0.36, end - 0.36
-        _arrow(axis, start - 0.12, start, middle)
-        _arrow(axis, end, end + 0.12, middle)
-    width = (end - start - 0.24) / 3
-    for turn, label in enumerate((f"{size}\n↓\n{hidden}", "GELU", f"{hidden}\n↓\n{size}")):
-        x = start + turn * (width + 0.12)
-        _box(axis, x, middle, width, 0.9, label, fill, fontsize=6.5)
-        if turn:
-            _arrow(axis, x - 0.12, x, middle)
-    axis.add_patch(Circle((plus, middle), 0.07, facecolor="white", edgecolor=INK, linewidth=0.7, zorder=3))
-    _text(axis, plus, middle - 0.008, "+")
-    axis.plot([left + 0.22, left + 0.22, plus], [middle, bypass, bypass], color=INK, linewidth=0.7)
-    axis.annotate("", (plus, middle + 0.07), (plus, bypass), arrowprops=_ARROW)
-    axis.plot([plus + 0.07, plus + 0.24], [middle] * 2, color=INK, linewidth=0.7)
-    _text(axis, (left + 0.22 + plus) / 2, bypass + 0.09, "skip connection", color=MUTED)
-    _text(axis, (left + 0.22 + plus) / 2, bypass + 0.33, title, fontsize=7.5)
-
-
-_DOTTED = {"color": MUTED, "linewidth": 0.6, "linestyle": (0, (2, 2))}
-_ARROW = {
-    "arrowstyle": "-|>,head_width=0.13,head_length=0.26",
-    "linewidth": 0.7,
-    "color": INK,
-    "shrinkA": 0,
-    "shrinkB": 0,
-}
-
-
-def _arrow(axis: Axes, start: float, end: float, y: float, above: str = "", below: str = "") -> None:
-    axis.annotate("", (end, y), (start, y), arrowprops=_ARROW)
-    _text(axis, (start + end) / 2 - 0.03, y + 0.1, above, fontsize=6.3)
-    _text(axis, (start + end) / 2 - 0.03, y - 0.1, below, fontsize=6.3)
-
-
-def _box(axis: Axes, left: float, middle: float, width: float, height: float, label: str, fill: str, **style) -> None:
-    corner, shape = (left, middle - height / 2), "round,pad=0,rounding_size=0.04"
-    axis.add_patch(
-        FancyBboxPatch(corner, width, height, boxstyle=shape, facecolor=fill, edgecolor=INK, linewidth=0.7, zorder=2)
-    )
-    _text(axis, left + width / 2, middle, label, **style)
-
-
-def _text(axis: Axes, x: float, y: float, label: str, **style) -> None:
-    axis.text(x, y, label, ha="center", va="center", zorder=4, **({"fontsize": 7} | style))
+def _draw_row(axis: Axes, x: float, y: float, height: float, steps: list[tuple]) -> float:
+    """Draw boxes from ``x`` on; gives their end. steps: arrow's length, text on it, box's width, label, [colour]."""
+    for length, passing, width, label, *colour in steps:
+        axis.annotate("", (x + length, y), (x, y), arrowprops=_ARROW, zorder=0.9)
+        axis.text(x + length / 2, y + 0.06, passing, ha="center", fontsize=6.5)
+        size, shape = (width, "circle,pad=0") if label == "+" else (height, _BOX["boxstyle"])
+        style = _BOX | {"boxstyle": shape, "facecolor": (*colour, "white")[0]}
+        axis.add_patch(FancyBboxPatch((x + length, y - size / 2), width, size, **style))
+        x += length + width
+        axis.text(x - width / 2, y, label, ha="center", va="center", rotation=90 * (width < 0.3), fontsize=7)
+    return x
 
 
 # What the best run gets wrong
@@ -448,22 +365,21 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
 
 
 def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, rows: int = 2) -> Figure:
-    """The wrong predictions that the model is surest of, ``rows`` of eight, surest first.
+    """The most confident errors, ``rows`` of eight, the most confident first.
 
     images: (N, 28, 28) uint8; labels: (N,); probabilities: (N, 10), of the softmax.
     """
     predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predictions != labels)
-    surest = wrong[np.argsort(-confidence[wrong], kind="stable")]
+    order = wrong[np.argsort(-confidence[wrong], kind="stable")]
     with drawing(1.22 * rows) as figure:
         places = figure.subplots(rows, 8, squeeze=False).ravel()
-        for place in places[len(surest) :]:
+        for place in places[len(order) :]:
             place.axis("off")
-        for place, index in zip(places, surest, strict=False):
+        for place, index in zip(places, order, strict=False):
             _show(place, images[index])
             place.set_title(CLASSES[labels[index]], fontsize=7, pad=3)
-            place.set_xlabel(
-                f"→ {CLASSES[predictions[index]]}\n{100 * confidence[index]:.2f} %", fontsize=7, labelpad=3
-            )
+            answer = f"→ {CLASSES[predictions[index]]}\n{100 * confidence[index]:.2f} %"
+            place.set_xlabel(answer, fontsize=7, labelpad=3)
         figure.get_layout_engine().set(w_pad=0.01, h_pad=0.02, wspace=0.02, hspace=0.02)
     return figure

@@ -1,4 +1,4 @@
-"""The bridge from a notebook to the pages that quote it: figures, LaTeX and README.md.
+"""From a notebook to the pages that quote it: figures, LaTeX and README.md.
 
     pages = pages_of(results)
     pages.figure("fig1_loss", figures.loss(histories), alt="Falling curves.")     figures/fig1_loss.pdf and .png
@@ -6,7 +6,7 @@
     pages.table("results", frame, formats)                                        results.tex, a booktabs tabular
     pages.block("results", frame, formats)                                        between two marks of README.md
 
-Only the project's own records get onto the project's pages; those of another folder have their pages beside them.
+Only the project's own records get onto the project's pages; those of another folder have pages beside them.
 """
 
 import re
@@ -18,18 +18,16 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from mixer.files import write_whole
+from mixer.records import RESULTS
 from mixer.reporting import figures
-from mixer.runner import RESULTS
-
-PROJECT = Path(__file__).parents[2]
+from mixer.system.files import PROJECT, write_whole
 
 Formats = Mapping[str, str]  # column -> how its values are written, like "{:.2f}"
 
 
 @dataclass(frozen=True)
 class Pages:
-    """Where a notebook's results go. ``own``: whether they are the project's own. Every method raises OSError."""
+    """Where a notebook's results go; ``own`` says whether they are the project's. Every method raises OSError."""
 
     own: bool
     figures: Path
@@ -37,12 +35,12 @@ class Pages:
     readme: Path
 
     def figure(self, name: str, figure: Figure, alt: str) -> None:
-        """Show a figure, with a text for those who cannot see it, and keep it as PDF and PNG."""
+        """Show a figure with its text alternative and save it as PDF and PNG."""
         figures.save(figure, name, self.figures)
         display(figure, metadata={"image/png": {"alt": alt}})
 
     def numbers(self, name: str, numbers: Mapping[str, str]) -> None:
-        """``name.tex``, with a macro for each number. Raises ValueError where TeX cannot call a macro so."""
+        """Write ``name.tex`` with a macro for each number. Raises ValueError where TeX does not allow its name."""
         for macro in numbers:
             if not re.fullmatch("[A-Za-z]+", macro):
                 raise ValueError(f"{macro!r} cannot be the name of a macro: use letters only")
@@ -50,27 +48,27 @@ class Pages:
         write_whole(self.generated / f"{name}.tex", "".join(lines).encode())
 
     def table(self, name: str, frame: pd.DataFrame, formats: Formats | None = None) -> None:
-        """``name.tex``, a booktabs tabular of the columns: numbers to the right, words to the left."""
+        """Write ``name.tex``, a booktabs tabular: numbers to the right, words to the left."""
         align = "".join("r" if pd.api.types.is_numeric_dtype(dtype) else "l" for dtype in frame.dtypes)
         text = _as_written(frame, formats).map(_latex).rename(columns=_latex)
         tabular = text.style.hide(axis="index").to_latex(hrules=True, column_format=align)
         write_whole(self.generated / f"{name}.tex", tabular.encode())
 
     def block(self, name: str, frame: pd.DataFrame, formats: Formats | None = None) -> None:
-        """The columns as a table in the README, between ``<!-- name -->`` and ``<!-- end of name -->``.
+        """Write a table into the README, between ``<!-- name -->`` and ``<!-- end of name -->``.
 
-        Raises ValueError where the README lacks these marks; one that is not there yet is begun.
+        Raises ValueError where the README lacks these marks; where there is no README, one is begun.
         """
         text = _as_written(frame, formats)
         rows = [text.columns, ["---"] * text.shape[1], *text.to_numpy()]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        table = re.sub(r"(?<=\d)%", " %", "".join(f"| {' | '.join(row)} |\n" for row in rows))
         marks = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         old = self.readme.read_text(encoding="utf-8") if self.readme.exists() else "".join(marks)
         before, start, rest = old.partition(marks[0])
         _, end, after = rest.partition(marks[1])
         if not end:
             raise ValueError(f"{self.readme} has no line {marks[0].strip()} with {marks[1].strip()} after it")
-        write_whole(self.readme, f"{before}{start}{_percent(table, ' ')}\n{end}{after}".encode())
+        write_whole(self.readme, f"{before}{start}{table}{end}{after}".encode())
 
 
 def pages_of(results: Path | str) -> Pages:
@@ -82,7 +80,7 @@ def pages_of(results: Path | str) -> Pages:
 
 
 def _as_written(frame: pd.DataFrame, formats: Formats | None) -> pd.DataFrame:
-    """The same frame as it is printed: numbers with a true minus, and a dash for what is missing."""
+    """The frame as it is printed: numbers with a true minus, and a dash for what is missing."""
     formats = formats or {}
 
     def written(name: str, value: object) -> str:
@@ -94,11 +92,7 @@ def _as_written(frame: pd.DataFrame, formats: Formats | None) -> pd.DataFrame:
     return pd.DataFrame({name: [written(name, value) for value in frame[name]] for name in frame.columns})
 
 
-def _percent(text: str, space: str) -> str:
-    return re.sub(r"(?<=\d)%", f"{space}%", text)
-
-
 def _latex(text: str) -> str:
-    """Characters that LaTeX would read as its own. (×, → and − are declared in report.tex.)"""
+    """Escape what LaTeX would read as its own (×, → and − are declared in report.tex)."""
     escaped = re.sub(r"[%&_#$]", r"\\\g<0>", text)
     return re.sub(r"(?<=\d)\\%", r"\\,\\%", escaped)
