@@ -1,11 +1,9 @@
-"""A data set arrives whole and undamaged, or not at all and with one sentence; what was there before stays."""
+"""A data set arrives whole or not at all, with one sentence that says why; what was there before stays."""
 
 import contextlib
 import gzip
 import hashlib
-import os
 import resource
-import shutil
 import signal
 import socket
 import struct
@@ -13,17 +11,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixer import data as module
-from mixer import download as fetch
+from mixer import download
 from mixer.data import SHA256, Data, DataError, load_folder, normalise, validation_split
 
 NAMES = tuple(SHA256)
-ROOT = Path(__file__).parent.parent
 
 
 def own_data(train: int = 48, test: int = 12, **changes) -> Data:
@@ -187,26 +186,19 @@ def test_a_folder_of_ones_own_that_is_damaged(tmp_path, name, damage, sentence):
         load_folder(tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["{tmp}/nowhere", "{tmp}/file", "{tmp}/" + "n" * 300, "~nobody-of-this-name/data"])
-def test_a_folder_of_ones_own_that_is_not_there(tmp_path, folder):
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="use another folder"):
-        load_folder(folder.format(tmp=tmp_path))
-
-
-# Fetching, with a data set of some kilobytes in the place of Fashion-MNIST
-
-
 @pytest.fixture
 def package(tmp_path, monkeypatch) -> Path:
-    """A folder like that of Debian's package, not yet installed; there is no network, and no apt."""
+    """Packed files as in Debian's package, which is not installed; without a mirror and without apt."""
     data = own_data()
-    monkeypatch.setattr(fetch, "SHA256", data.sha256)
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", tmp_path / "not-installed")
-    monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [])
+    folder = write_idx(tmp_path / "package", data, packed=True)
+    md5 = [(name, hashlib.md5(content).hexdigest()) for name, content in contents(folder).items()]
+    monkeypatch.setattr(download, "SHA256", data.sha256)
+    monkeypatch.setattr(download, "DEBIAN_FOLDER", Path("/usr/share/nowhere"))
+    monkeypatch.setattr(download.FashionMNIST, "resources", sorted(md5, reverse=True))
+    monkeypatch.setattr(download.FashionMNIST, "mirrors", ["http://localhost:1/"])
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("no_proxy", "*")
-    return write_idx(tmp_path / "package", data, packed=True)
+    return folder
 
 
 @pytest.fixture
@@ -217,345 +209,150 @@ def raw(tmp_path, monkeypatch) -> Path:
 
 
 def complete(raw: Path) -> bool:
-    return contents(raw).keys() == set(NAMES) and load_folder(raw).sha256 == fetch.SHA256
+    return contents(raw).keys() == set(NAMES) and load_folder(raw).sha256 == download.SHA256
 
 
 @contextlib.contextmanager
-def server(answer: Callable[[socket.socket, str], None]) -> Iterator[str]:
-    """The address of a server on this machine; ``answer`` has the connection and the name of the file asked for."""
-    listening = socket.create_server(("localhost", 0))
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):  # closed at the end
-            while True:
-                connection, _ = listening.accept()
-                with connection, contextlib.suppress(OSError, IndexError):
-                    answer(connection, connection.recv(65536).decode("latin-1").split()[1].removeprefix("/"))
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    yield f"http://localhost:{listening.getsockname()[1]}/"
-    listening.shutdown(socket.SHUT_RDWR)
-    listening.close()
-    thread.join()
+def mirror(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[None]:
+    """Serve as torchvision's only mirror."""
+    handler = type("", (BaseHTTPRequestHandler,), {"do_GET": answer, "log_message": lambda *_: None, "timeout": 60})
+    server = type("", (ThreadingHTTPServer,), {"handle_error": lambda *_: None})(("localhost", 0), handler)
+    with server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download.FashionMNIST, "mirrors", [f"http://localhost:{server.server_port}/"])
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield
+        server.shutdown()
 
 
-def reply(connection: socket.socket, body: bytes, status: str = "200 OK", promised: int | None = None) -> None:
-    length = len(body) if promised is None else promised
-    connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: {length}\r\n\r\n".encode() + body)
-
-
-def reset(connection: socket.socket, *_) -> None:
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-def hang(connection: socket.socket, *_) -> None:
-    connection.recv(1)  # until the other side gives up
-
-
-OTHER = gzip.compress(b"another file" * 99)
-FAULTS = {  # what the server does, given the name and the right content
-    "reset": (reset, "reset by peer"),
-    "reset within": (lambda c, name, whole: (reply(c, whole[:20], promised=999), reset(c)), "reset by peer"),
-    "closed": (lambda c, name, whole: None, "closed connection"),
-    "hanging": (hang, "timed out"),
-    "hanging within": (lambda c, name, whole: (reply(c, whole[:20], promised=999), hang(c)), "timed out"),
-    "cut short": (lambda c, name, whole: reply(c, whole[:-5], promised=len(whole)), "train-images.* was cut short"),
-    "nothing": (lambda c, name, whole: reply(c, b"", promised=len(whole)), "train-images.* was cut short"),
-    "chunks cut short": (
-        lambda c, name, whole: c.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n50\r\n\x1f\x8b"),
-        "train-images.* was cut short",
-    ),
-    "not found": (lambda c, name, whole: reply(c, b"", "404 Not Found"), "the server answered 404"),
-    "broken server": (lambda c, name, whole: reply(c, b"", "500 Oh"), "the server answered 500"),
-    "redirected for ever": (
-        lambda c, name, whole: reply(c, b"", f"302 \r\nLocation: {name}"),
-        "the server answered 302",
-    ),
-    "no HTTP": (
-        lambda c, name, whole: c.sendall(b"\x80rubbish\r\n\r\n"),
-        r"a broken address or reply \(BadStatusLine\)",
-    ),
-    "no length": (lambda c, name, whole: reply(c, whole, promised="many"), r"a broken address or reply \(ValueError\)"),
-    "a page instead": (lambda c, name, whole: reply(c, b"<html>Please log in"), "train-images.* is damaged"),
-    "another file": (lambda c, name, whole: reply(c, OTHER), "train-images.* is damaged"),
-    "one bit": (
-        lambda c, name, whole: reply(c, whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]),
-        "train-images.* is damaged",
-    ),
-    "no stream": (lambda c, name, whole: reply(c, whole[:10] + b"\xff" + whole[11:]), "train-images.* is damaged"),
-    "the third file": (
-        lambda c, name, whole: reply(c, OTHER if name == f"{NAMES[2]}.gz" else whole),
-        "t10k-images.* is damaged",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_network_is_named_and_the_next_mirror_tried(raw, package, monkeypatch, fault):
-    monkeypatch.setattr(fetch, "REPLY_TIMEOUT", 0.3)
-    answer, words = FAULTS[fault]
-    with (
-        server(lambda connection, name: answer(connection, name, (package / name).read_bytes())) as bad,
-        server(lambda connection, name: reply(connection, (package / name).read_bytes())) as good,
-    ):
-        monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [bad])
-        with pytest.raises(
-            DataError, match=rf"torchvision's mirror \S+: [^;]*{words}.*; apt-get .*make data"
-        ) as caught:
-            fetch.prepare()
-        assert contents(raw) == {} and "\n" not in str(caught.value)
-        monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [bad, good])
-        fetch.prepare()
-    assert complete(raw)
+def reply(request: BaseHTTPRequestHandler, body: bytes, status: int = 200, promised: int = 0) -> None:
+    request.send_response(status)
+    request.send_header("Content-Length", str(promised or len(body)))
+    request.end_headers()
+    request.wfile.write(body)
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("answer", "words"),
     [
-        ("http://localhost:1/", "Connection refused"),
-        ("http://[fe80::1%nowhere]/", "not known"),
-        ("http://a..b/", "a broken address or reply"),
-        ("https://{server}/", "SSL"),
+        (lambda request: None, "closed connection"),
+        (lambda request: request.rfile.read(), "timed out"),
+        (lambda request: (reply(request, b"\x1f", promised=999), request.rfile.read()), "timed out"),
+        (lambda request: request.wfile.write(b"HTTP/1.1 no\r\n\r\n"), "HTTP/1.1 no"),
+        (lambda request: reply(request, b"", 404), "404"),
+        (lambda request: reply(request, b"<html>Please log in"), "not found or corrupted"),
     ],
 )
-def test_a_mirror_that_is_not_there(raw, package, monkeypatch, url, words):
-    with server(lambda connection, name: reply(connection, b"")) as address:
-        mirror = url.format(server=address.split("/")[2])
-        monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [mirror])
-        with pytest.raises(DataError, match=rf"torchvision's mirror \S+: [^;]*{words}[^;]*; apt-get .*make data"):
-            fetch.prepare()
-    assert contents(raw) == {}
+def test_names_a_fault_of_the_mirror_and_leaves_nothing(raw, package, monkeypatch, capfd, answer, words):
+    monkeypatch.setattr(download, "REPLY_TIMEOUT", 0.3)
+    sentence = f"could not be downloaded .*{words}.*; .*apt-get.*not found.*: connect to the internet, .*make data"
+    with mirror(answer), pytest.raises(DataError, match=sentence) as caught:
+        download.prepare()
+    assert contents(raw) == {} and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "") and socket.getdefaulttimeout() is None
 
 
-def test_the_installed_package_comes_first(raw, package, monkeypatch):
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    fetch.prepare()
-    assert complete(raw)
+def test_two_downloads_at_once_do_no_harm(raw, package, capfd):
+    (raw / ".incoming-killed").mkdir(parents=True)  # what a killed process leaves
+    asked = []
+
+    def answer(request):
+        asked.append(request.path)
+        reply(request, (package / request.path[1:]).read_bytes())
+
+    with mirror(answer), ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda _: download.prepare(), range(2)))
+    assert complete(raw) and capfd.readouterr() == ("", "")
+    assert len(asked) == 2 * len(NAMES)  # torchvision asks twice for each file, to follow redirections
 
 
-def test_what_lies_packed_in_the_folder_is_taken(raw, package):
-    shutil.copytree(package, raw)
-    fetch.prepare()
-    assert {name: (raw / name).exists() for name in NAMES} == dict.fromkeys(NAMES, True)
-    assert load_folder(raw).sha256 == fetch.SHA256
-
-
-def test_a_damaged_package_is_passed_over(raw, package, monkeypatch):
-    path = package / f"{NAMES[2]}.gz"
-    path.write_bytes(path.read_bytes()[:-20])
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    with pytest.raises(DataError, match=f"{package}: {path.name} was cut short;"):
-        fetch.prepare()
-    assert contents(raw) == {}
-
-
-FETCHED = "echo deb > dataset-fashion-mnist_1_all.deb"
-APT_GET = f"#!/bin/sh\n{FETCHED}"
-OLD_LISTS = f"#!/bin/sh\nif [ $1 = update ]; then : > {{package}}/new; else [ -e {{package}}/new ] && {FETCHED}; fi"
-DPKG_DEB = "#!/bin/sh\n/bin/mkdir -p $3/usr/share && /bin/cp -r {package} $3/usr/share/fashion-mnist"
-APT = {  # the programs of a system, and what is said, if anything
-    "no apt": ({}, "apt-get cannot be run .No such file"),
-    "not a program": ({"apt-get": "\x7fELF"}, "apt-get cannot be run .Exec format"),
-    "unknown package": (
-        {"apt-get": "#!/bin/sh\necho first >&2; echo 'E: no \udcff such.' >&2; exit 100"},
-        r"apt-get failed, E: no \S+ such\)",
-    ),
-    "says nothing": ({"apt-get": "#!/bin/sh\nexit 3"}, "apt-get failed, exit status 3"),
-    "hanging": ({"apt-get": "#!/bin/sh\n/bin/sleep 30"}, "apt-get did not end within 0.1 seconds"),
-    "no dpkg-deb": ({"apt-get": APT_GET}, "dpkg-deb cannot be run"),
-    "damaged package": ({"apt-get": APT_GET, "dpkg-deb": "#!/bin/sh\nexit 2"}, "dpkg-deb failed"),
-    "nothing in it": ({"apt-get": APT_GET, "dpkg-deb": "#!/bin/sh"}, "No such file"),
-    "sound": ({"apt-get": APT_GET, "dpkg-deb": DPKG_DEB}, None),
-    "sound after an update": ({"apt-get": OLD_LISTS, "dpkg-deb": DPKG_DEB}, None),
-}
-
-
-@pytest.mark.parametrize("system", APT)
-def test_apt(raw, package, tmp_path, monkeypatch, system):
-    programs, sentence = APT[system]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIXER_DATA", "data")  # apt runs in another folder
-    monkeypatch.setattr(fetch, "PROJECT", tmp_path)
+def test_downloads_the_package_with_apt(raw, package, tmp_path):
+    fetch = 'if [ $1 = update ]; then : > "$0-new"; else [ -e "$0-new" ] && : > dataset-fashion-mnist_1_all.deb; fi'
     (tmp_path / "bin").mkdir()
-    for name, script in programs.items():
-        path = tmp_path / "bin" / name
-        path.write_text(script.replace("{package}", str(package)), encoding="utf-8", errors="surrogateescape")
-        path.chmod(0o755)
-    monkeypatch.setattr(fetch, "APT_TIMEOUT", 0.1 if system == "hanging" else 60)
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", Path("/usr/share/fashion-mnist"))
-    if sentence is None:
-        fetch.prepare()
-        assert complete(raw)
-    else:
-        with pytest.raises(DataError, match=f"apt-get download: {sentence}"):
-            fetch.prepare()
-        assert contents(raw) == {}
-
-
-# What is in the data folder already
-
-
-@pytest.mark.parametrize("kind", ["another file", "shorter", "a folder", "a dangling link", "a pipe", "unreadable"])
-def test_what_somebody_has_there_is_left_alone(raw, package, monkeypatch, kind):
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    fetch.prepare()
-    path = raw / NAMES[1]
-    content = path.read_bytes()
-    path.unlink()
-    (raw / NAMES[3]).unlink()  # it could be fetched
-    if kind in ("another file", "shorter"):
-        path.write_bytes(b"my own labels" if kind == "another file" else content[:-1])
-    elif kind == "a folder":
-        path.mkdir()
-    elif kind == "a pipe":
-        os.mkfifo(path)
-    else:
-        path.symlink_to("/nowhere" if kind == "a dangling link" else "/proc/self/mem")
-    before = {path.name: path.lstat() for path in raw.iterdir()}
-    sentences = {"another file": "is another file than", "shorter": "is another file than"}
-    sentences |= {"a folder": "is not a file", "a pipe": "is not a file"}
-    with pytest.raises(DataError, match=sentences.get(kind, "cannot be read")) as caught:
-        fetch.prepare()
-    assert str(path) in str(caught.value) and "damaged" not in str(caught.value) and "delete" not in str(caught.value)
-    after = {path.name: path.lstat() for path in raw.iterdir()}
-    assert {name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in before.items()} == {
-        name: (s.st_ino, s.st_size, s.st_mtime_ns) for name, s in after.items()
-    }
-    path.rename(raw / "moved-away")  # as the sentence says
-    fetch.prepare()
-    (raw / "moved-away").rename(raw.parent / "moved-away")
+    unpack = f"/bin/mkdir -p $3/usr/share && /bin/cp -r {package} $3/usr/share/nowhere"
+    for name, script in {"apt-get": fetch, "dpkg-deb": unpack}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    download.prepare()
     assert complete(raw)
 
 
-def test_only_what_is_missing_is_fetched(raw, package, monkeypatch):
+@pytest.mark.parametrize("place", ["~/data", "relative"])
+def test_takes_the_installed_package_into_any_data_folder(package, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(download, "DEBIAN_FOLDER", package)
+    monkeypatch.setattr(download, "PROJECT", tmp_path)  # wherever Python was started
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MIXER_DATA", place)
+    assert download.prepare() == tmp_path / place.removeprefix("~/")
+    assert complete(download.prepare() / "FashionMNIST" / "raw")
+
+
+def test_uses_packed_files_as_they_are(raw, package):
+    before = contents(write_idx(raw, own_data(), packed=True))
+    download.prepare()
+    assert contents(raw) == before
+
+
+def test_rejects_other_content_from_any_source(raw, package, monkeypatch):
+    monkeypatch.setattr(download, "DEBIAN_FOLDER", write_idx(package.parent / "other", own_data(train=47)))
+    with pytest.raises(DataError, match=rf"other/{NAMES[0]} is another file than"):
+        download.prepare()
+    assert contents(raw) == {}
+
+
+@pytest.mark.parametrize("kind", ["a file", "a packed file", "a folder"])
+def test_leaves_a_foreign_file_alone(raw, package, monkeypatch, kind):
+    monkeypatch.setattr(download, "DEBIAN_FOLDER", package)
     write_idx(raw, own_data())
-    (raw / NAMES[2]).unlink()
-    before = {name: (raw / name).stat().st_ino for name in contents(raw)}
-    for name in before:
-        (package / f"{name}.gz").unlink()
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    fetch.prepare()
-    assert complete(raw) and all((raw / name).stat().st_ino == inode for name, inode in before.items())
+    for name in NAMES[1], NAMES[3]:  # the other could be completed
+        (raw / name).unlink()
+    path = raw / (f"{NAMES[1]}.gz" if kind == "a packed file" else NAMES[1])
+    _ = path.mkdir() if kind == "a folder" else path.write_bytes(gzip.compress(b"my own labels"))
+    before = {file.name: file.stat() for file in raw.iterdir()}
+    with pytest.raises(DataError, match=rf"{NAMES[1]} (is another file than|cannot be read)"):
+        download.prepare()
+    assert {file.name: file.stat() for file in raw.iterdir()} == before
 
 
-def test_a_file_put_there_meanwhile_is_left_alone(raw, package, monkeypatch):
-    def answer(connection, name):
+def test_leaves_a_file_alone_that_appears_meanwhile(raw, package):
+    def answer(request):
         (raw / NAMES[0]).write_bytes(b"my own")
-        reply(connection, (package / name).read_bytes())
+        reply(request, (package / request.path[1:]).read_bytes())
 
-    with server(answer) as mirror:
-        monkeypatch.setattr(fetch.FashionMNIST, "mirrors", [mirror])
-        with pytest.raises(DataError, match=f"{NAMES[0]} is another file"):
-            fetch.prepare()
+    with mirror(answer), pytest.raises(DataError, match=f"{NAMES[0]} is another file"):
+        download.prepare()
     assert (raw / NAMES[0]).read_bytes() == b"my own"
 
 
-# Where the data folder is
-
-
-@pytest.mark.parametrize("place", ["~/data", "relative", "link"])
-def test_the_data_folder_may_be_anywhere(package, tmp_path, monkeypatch, place):
-    for name in ("home", "elsewhere"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "link").symlink_to("elsewhere")
-    monkeypatch.setattr(fetch, "PROJECT", tmp_path)  # wherever Python was started
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("MIXER_DATA", place)
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    module.main()
-    where = {"~/data": tmp_path / "home" / "data", "link": tmp_path / "elsewhere"}.get(place, tmp_path / place)
-    assert complete(where / "FashionMNIST" / "raw")
-
-
-@pytest.mark.parametrize(
-    ("place", "sentence"),
-    [
-        ("{tmp}/file", "cannot be written.*Not a directory.*set MIXER_DATA"),
-        ("{tmp}/file/below/it", "cannot be written.*Not a directory.*set MIXER_DATA"),
-        ("{tmp}/dangling", "cannot be written.*set MIXER_DATA"),
-        ("{tmp}/loop", "cannot be written.*set MIXER_DATA"),
-        ("{tmp}/raw-is-a-file", "cannot be written.*File exists.*set MIXER_DATA"),
-        ("{tmp}/" + "n" * 300, "cannot be written.*File name too long.*set MIXER_DATA"),
-        ("/proc/data", "cannot be written.*set MIXER_DATA"),
-        ("~nobody-of-this-name/data", "a home .* that does not exist"),
-    ],
-)
-def test_a_data_folder_that_cannot_be(package, tmp_path, monkeypatch, place, sentence):
+@pytest.mark.parametrize("place", ["{tmp}/file", "{tmp}/" + "n" * 300, "/proc/data", "~nobody-of-this-name"])
+def test_rejects_a_folder_that_cannot_be(package, tmp_path, monkeypatch, place):
     (tmp_path / "file").touch()
-    (tmp_path / "dangling").symlink_to("/proc/nowhere")
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "raw-is-a-file" / "FashionMNIST").mkdir(parents=True)
-    (tmp_path / "raw-is-a-file" / "FashionMNIST" / "raw").touch()
     monkeypatch.setenv("MIXER_DATA", place.format(tmp=tmp_path))
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    with pytest.raises(SystemExit, match=sentence):
-        module.main()
+    with pytest.raises(DataError, match=r"cannot be written .*set MIXER_DATA|home folder that does not exist"):
+        download.prepare()
+    with pytest.raises(DataError, match=r"use another folder|give another path"):
+        load_folder(place.format(tmp=tmp_path))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_data_folder_without_permission(raw, package, monkeypatch):
-    raw.mkdir(parents=True)
-    raw.chmod(0o555)
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    with pytest.raises(DataError, match=r"cannot be written.*Permission denied.*set MIXER_DATA"):
-        fetch.prepare()
-
-
-def test_a_full_disk(raw, package, monkeypatch):
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    monkeypatch.setattr(fetch, "NEEDED_BYTES", 10**18)
-    with pytest.raises(DataError, match=r"cannot be written.*the disk is full.*1000000000000 MB"):
-        fetch.prepare()
-
-
-def test_a_disk_that_becomes_full(raw, package, monkeypatch):
-    """A real write that fails: the kernel refuses files over 1 kB."""
-    monkeypatch.setattr(fetch, "DEBIAN_FOLDER", package)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    try:
-        with pytest.raises(DataError, match=r"cannot be written.*File too large"):
-            fetch.prepare()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+def test_a_full_disk_leaves_nothing(raw, package):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with mirror(lambda request: reply(request, (package / request.path[1:]).read_bytes())):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))  # the kernel refuses to write more
+        try:
+            with pytest.raises(DataError, match=r"cannot be written .*File too large.* 200 MB of room"):
+                download.prepare()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert contents(raw) == {}
-
-
-# Real processes
-
-
-def test_two_processes_at_once_and_one_killed(raw, package):
-    (raw / ".incoming-killed").mkdir(parents=True)  # what a killed process leaves
-    code = f"""from mixer import fetch; from pathlib import Path
-fetch.DEBIAN_FOLDER, fetch.SHA256 = Path({str(package)!r}), {fetch.SHA256}
-fetch.prepare()"""
-    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
-    assert [process.wait(60) for process in processes] == [0, 0]
-    assert complete(raw)
-
-
-def test_the_command_says_one_sentence(raw):
-    raw.mkdir(parents=True)
-    (raw / NAMES[0]).write_bytes(b"my own")
-    command = [sys.executable, "-m", "mixer.data"]
-    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert outcome.returncode == 1 and outcome.stdout == ""
-    assert outcome.stderr.startswith(f"{raw / NAMES[0]} is another file than") and outcome.stderr.count("\n") == 1
 
 
 def test_ctrl_c_leaves_nothing(raw, package):
     asked = threading.Event()
-
-    def answer(connection, name):
-        asked.set()
-        hang(connection)
-
-    with server(answer) as mirror:
-        code = f"from mixer import data; data.FashionMNIST.mirrors = [{mirror!r}]; data.main()"
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8")
+    with mirror(lambda request: (asked.set(), request.rfile.read())):
+        code = f"""import pathlib, runpy; from mixer import download
+download.DEBIAN_FOLDER, download.FashionMNIST.mirrors = pathlib.Path("/nowhere"), {download.FashionMNIST.mirrors}
+runpy.run_module("mixer.data", run_name="__main__")"""
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=download.PROJECT, stderr=-1, encoding="utf-8")
         assert asked.wait(60)
-        assert [path.name.startswith(".incoming-") for path in raw.iterdir()] == [True]
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=20)[1] == "Stopped; `make data` starts again.\n"
     assert process.returncode == 1 and contents(raw) == {}
