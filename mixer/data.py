@@ -1,15 +1,10 @@
-"""Fashion-MNIST, or a data set of one's own in the same layout, as tensors on the device.
+"""Fashion-MNIST, or a data set of your own in the same layout, as tensors on the device.
 
-A batch is an index into them, normalised where it is used, so there are no loader workers and no copies.
-
-    python -m mixer.data        puts Fashion-MNIST into the data folder (see ``fetch.py``)
+A batch is an index into them, normalised when it is used. ``python -m mixer.data`` downloads Fashion-MNIST.
 """
 
-import gzip
-import os
-import struct
 import sys
-import zlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,15 +19,17 @@ from mixer.download import SHA256, DataError, absolute, content_of, prepare, sha
 
 CLASSES = tuple(FashionMNIST.classes)
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the 60,000 training images, on a scale of 0 to 1
+TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+OTHER_TYPES = {9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}  # of IDX files
+warnings.filterwarnings("ignore", "'mixer.data' found in sys.modules", RuntimeWarning)  # by ``python -m mixer.data``
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images (N, H, W) as uint8 and their labels (N,) as int64 from 0 to 255, for training and for testing.
+    """Images (N, H, W) as uint8 and labels (N,) as int64 from 0 to 255, for training and for testing.
 
-    ``pixel_mean`` and ``pixel_std`` are for :func:`normalise`, as fractions of 255; where they are not given they are
-    those of the training images to four decimals, which for Fashion-MNIST are the constants that everybody uses.
-    Raises ValueError, which names the field that does not fit.
+    ``pixel_mean`` and ``pixel_std``, for :func:`normalise`, are fractions of 255: by default those of the training
+    images, to four decimals. Raises ValueError, which names the field that does not fit.
     """
 
     train_images: Tensor
@@ -44,10 +41,13 @@ class Data:
     pixel_std: float | None = None
 
     def __post_init__(self) -> None:
+        for field, dtype, shape in zip(TENSORS, 2 * [torch.uint8, torch.int64], 2 * ["(N, H, W)", "(N,)"], strict=True):
+            tensor = getattr(self, field)
+            found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            if not found.startswith(str(dtype)) or tensor.ndim != shape.count(" ") + 1 or tensor.numel() == 0:
+                raise ValueError(f"{field} must be {dtype} {shape} and not empty, not {found}")
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            _check(f"{part}_images", images, torch.uint8, "(N, H, W)")
-            _check(f"{part}_labels", labels, torch.int64, "(N,)")
             if len(images) != len(labels):
                 raise ValueError(f"{part}_labels has {len(labels)} labels for {len(images)} {part}_images")
             if labels.min() < 0 or labels.max() > 255:
@@ -56,9 +56,8 @@ class Data:
         if train != test:
             raise ValueError(f"test_images must be of the size of train_images, {train}, not {test}")
         if self.pixel_mean is None or self.pixel_std is None:
-            mean, std = _pixel_statistics(self.train_images)
-            object.__setattr__(self, "pixel_mean", mean)
-            object.__setattr__(self, "pixel_std", std)
+            for field, value in zip(("pixel_mean", "pixel_std"), _pixel_statistics(self.train_images), strict=True):
+                object.__setattr__(self, field, value)
 
     @property
     def num_classes(self) -> int:
@@ -67,17 +66,14 @@ class Data:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """For each tensor the SHA-256 of its IDX file: for the whole of Fashion-MNIST these are the files' own."""
-        tensors = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        return {name: sha256_of(idx_file(tensor)) for name, tensor in zip(SHA256, tensors, strict=True)}
+        """The SHA-256 of each tensor's IDX file; those of the whole of Fashion-MNIST are ``SHA256``."""
+        return {file: sha256_of(idx_file(getattr(self, name))) for file, name in zip(SHA256, TENSORS, strict=True)}
 
     def to(self, device: torch.device | str) -> "Data":
-        """The same data on ``device``."""
-        tensors = ("train_images", "train_labels", "test_images", "test_labels")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
 
     def first(self, limit: int) -> "Data":
-        """Only the first ``limit`` training images, normalised like all of them; ValueError where there are fewer."""
+        """Keep the first ``limit`` training images, normalised as before. Raises ValueError if there are fewer."""
         count = len(self.train_images)
         if not 1 <= limit <= count:
             raise ValueError(f"limit is {limit}, but must be from 1 to {count}, the number of training images")
@@ -88,15 +84,15 @@ class Data:
 
 
 def load(device: torch.device | str = "cpu") -> Data:
-    """Fashion-MNIST on ``device``. Raises DataError."""
+    """Load Fashion-MNIST onto ``device``. Raises DataError."""
     return Data(*_read(prepare() / "FashionMNIST" / "raw"), "Fashion-MNIST", PIXEL_MEAN, PIXEL_STD).to(device)
 
 
 def load_folder(folder: Path | str, device: torch.device | str = "cpu") -> Data:
-    """A data set of one's own on ``device``: Fashion-MNIST's layout, any size of image and up to 256 classes.
+    """Load a data set of your own: images of any size, up to 256 classes. Raises DataError.
 
-    ``folder`` holds four IDX files of unsigned bytes, named as in ``SHA256``, each as it is or packed as ``.gz``. The
-    data set is called as the folder, or as the folder above where it is torchvision's ``raw``. Raises DataError.
+    ``folder`` holds four IDX files of unsigned bytes, named as in ``SHA256``, each as it is or as ``.gz``. The data set
+    has the folder's name, or that of its parent if the folder is called ``raw``.
     """
     folder = absolute(folder)
     try:
@@ -106,10 +102,9 @@ def load_folder(folder: Path | str, device: torch.device | str = "cpu") -> Data:
 
 
 def validation_split(data: Data, seed: int = 0) -> Data:
-    """One twelfth of the training images of each class is held out, drawn by ``seed``, and stands for the test images.
+    """Hold out one twelfth of each class's training images, drawn by ``seed``, in place of the test images.
 
-    Of Fashion-MNIST these are 500 a class: 55,000 images remain for training, in their order, and 5,000 validate. The
-    test images are not in it, so nothing can be chosen by them.
+    Of Fashion-MNIST 55,000 images remain, in their order, and 500 a class validate. Raises ValueError if none would.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = data.train_labels.cpu()
@@ -118,27 +113,40 @@ def validation_split(data: Data, seed: int = 0) -> Data:
         (members,) = torch.where(labels == label)
         drawn = torch.randperm(len(members), generator=generator)[: round(len(members) / 12)]
         held_out[members[drawn]] = True
-    held_out = held_out.to(data.train_labels.device)
-    return replace(
-        data,
-        train_images=data.train_images[~held_out],
-        train_labels=data.train_labels[~held_out],
-        test_images=data.train_images[held_out],
-        test_labels=data.train_labels[held_out],
-        name=f"{data.name}, validation split (seed {seed})",
-    )
+    if not held_out.any():
+        most = labels.bincount().max()
+        raise ValueError(f"the validation split is empty: each class needs at least 7 training images, not {most}")
+    sides = [side.to(data.train_labels.device) for side in (~held_out, held_out)]
+    parts = (tensor[side] for side in sides for tensor in (data.train_images, data.train_labels))
+    return Data(*parts, f"{data.name}, validation split (seed {seed})", data.pixel_mean, data.pixel_std)
 
 
 def normalise(images: Tensor, mean: float = PIXEL_MEAN, std: float = PIXEL_STD) -> Tensor:
     """uint8 (B, H, W) from 0 to 255 -> float32 (B, 1, H, W) of mean 0 and variance 1 over the training set."""
-    scale, offset = 1 / (255 * std), -mean / std
-    return images.unsqueeze(1).to(torch.float32).mul_(scale).add_(offset)
+    return images.unsqueeze(1).to(torch.float32).mul_(1 / (255 * std)).add_(-mean / std)
 
 
-def _check(field: str, tensor: Tensor, dtype: torch.dtype, shape: str) -> None:
-    found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-    if not found.startswith(str(dtype)) or tensor.ndim != shape.count(" ") + 1 or tensor.numel() == 0:
-        raise ValueError(f"{field} must be {dtype} {shape} and not empty, not {found}")
+def idx_file(tensor: Tensor) -> bytes:
+    """LeCun's format for unsigned bytes: 0, 0, type 8, number of dimensions, each size as four bytes, the bytes."""
+    header = np.array([0x800 + tensor.ndim, *tensor.shape], ">u4").tobytes()
+    return header + tensor.to("cpu", torch.uint8).numpy().tobytes()
+
+
+def _read(folder: Path) -> Iterator[Tensor]:
+    """Read the four tensors in Data's order. Raises DataError."""
+    for name, dimensions in zip(SHA256, (3, 1, 3, 1), strict=True):
+        content = content_of(folder / name)
+        try:
+            magic, *shape = np.frombuffer(content, ">u4", 1 + dimensions).tolist()
+            if magic != 0x800 + dimensions:
+                raise ValueError
+            array = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        except ValueError:  # NumPy refuses sizes that do not fit the bytes
+            problem = f"is not a whole IDX file of {dimensions}-D unsigned bytes: copy it anew"
+            if kind := OTHER_TYPES.get(int.from_bytes(content[:3])):
+                problem = f"holds {kind}, but unsigned bytes (type 8) are needed: convert it"
+            raise DataError(f"{folder / name} {problem}.") from None
+        yield torch.tensor(array, dtype=torch.uint8 if dimensions == 3 else torch.int64)
 
 
 def _pixel_statistics(images: Tensor) -> tuple[float, float]:
@@ -150,38 +158,8 @@ def _pixel_statistics(images: Tensor) -> tuple[float, float]:
     return round(float(mean), 4), round(float(variance.sqrt()), 4) or 1.0  # images of one grey are divided by 1
 
 
-def idx_file(tensor: Tensor) -> bytes:
-    """LeCun's format for unsigned bytes: 0, 0, type 8, number of dimensions, each size as four bytes, the bytes."""
-    header = struct.pack(f">BBBB{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
-    return header + tensor.to("cpu", torch.uint8).numpy().tobytes()
-
-
-def _read(folder: Path) -> Iterator[Tensor]:
-    """The four tensors in Data's order. Raises DataError."""
-    for name, dimensions in zip(SHA256, (3, 1, 3, 1), strict=True):
-        plain, packed = folder / name, folder / f"{name}.gz"
-        path = packed if os.path.lexists(packed) and not os.path.lexists(plain) else plain
-        content = content_of(path)
-        try:
-            content = gzip.decompress(content) if path == packed else content
-            shape = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
-            array = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-            if content[:4] != bytes((0, 0, 8, dimensions)):
-                raise ValueError
-        except (EOFError, OSError, ValueError, zlib.error):  # NumPy refuses sizes that do not fit the bytes
-            raise DataError(f"{path} is not a whole IDX file of {dimensions}-D unsigned bytes: copy it anew.") from None
-        yield torch.tensor(array, dtype=torch.uint8 if dimensions == 3 else torch.int64)
-
-
-def main() -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may be in any encoding
+if __name__ == "__main__":
     try:
         print(f"Fashion-MNIST is in {prepare()}")
-    except DataError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("Stopped; `make data` starts again.")
-
-
-if __name__ == "__main__":
-    main()
+    except (DataError, KeyboardInterrupt) as error:
+        sys.exit(str(error) or "Stopped; `make data` starts again.")

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import pickle
 import resource
 import signal
 import socket
@@ -18,32 +19,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixer import data as module
 from mixer import download
-from mixer.data import SHA256, Data, DataError, load_folder, normalise, validation_split
+from mixer.data import PIXEL_MEAN, PIXEL_STD, SHA256, TENSORS, Data, DataError, load_folder, normalise, validation_split
 
 NAMES = tuple(SHA256)
 
 
 def own_data(train: int = 48, test: int = 12, **changes) -> Data:
-    """Three classes of images of 5 × 7 pixels, each image with a content of its own."""
+    """Three classes of images of 5 × 7 pixels, no two alike."""
     images = torch.arange((train + test) * 35).remainder(251).to(torch.uint8).view(-1, 5, 7)
     images[:, 0, 0] = torch.arange(train + test)
     labels = torch.arange(train + test) % 3
-    fields = {"train_images": images[:train], "train_labels": labels[:train]}
-    fields |= {"test_images": images[train:], "test_labels": labels[train:]}
-    return Data(**(fields | changes))
+    parts = images[:train], labels[:train], images[train:], labels[train:]
+    return Data(**dict(zip(TENSORS, parts, strict=True)) | changes)
 
 
 def write_idx(folder: Path, data: Data, packed: bool = False) -> Path:
-    """The four files of a data set, written here by a way of their own."""
+    """Write the four files of a data set, independently of ``idx_file``."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    for name, tensor in zip(NAMES, tensors, strict=True):
-        sizes = b"".join(struct.pack(">I", size) for size in tensor.shape)
-        content = bytes([0, 0, 8, tensor.ndim]) + sizes + bytes(tensor.flatten().tolist())
-        path = folder / (f"{name}.gz" if packed else name)
-        path.write_bytes(gzip.compress(content) if packed else content)
+    for name, field in zip(NAMES, TENSORS, strict=True):
+        tensor = getattr(data, field)
+        header = struct.pack(f">4B{tensor.ndim}I", 0, 0, 8, tensor.ndim, *tensor.shape)
+        content = header + bytes(tensor.flatten().tolist())
+        (folder / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(content) if packed else content)
     return folder
 
 
@@ -51,91 +49,66 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# A data set in memory
-
-
-def test_shapes_and_contents(data):
-    assert data.name == "Fashion-MNIST" and data.num_classes == 10
-    assert data.train_images.shape == (60_000, 28, 28) and data.test_images.shape == (10_000, 28, 28)
-    assert data.train_labels.bincount().tolist() == [6000] * 10
-    assert data.test_labels.bincount().tolist() == [1000] * 10
-
-
-def test_normalised_images_have_mean_0_and_variance_1(data):
+def test_loads_all_of_fashion_mnist_normalised(data):
+    assert data.name == "Fashion-MNIST" and data.num_classes == 10 and data.sha256 == SHA256
+    assert data.train_images.shape == (60_000, 28, 28) and data.train_labels.bincount().tolist() == [6000] * 10
+    assert data.test_images.shape == (10_000, 28, 28) and data.test_labels.bincount().tolist() == [1000] * 10
     images = normalise(data.train_images)
     assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.float32
-    assert abs(float(images.double().mean())) < 1e-3
-    assert float(images.double().std()) == pytest.approx(1, abs=1e-3)
+    assert abs(float(images.double().mean())) < 1e-3 and float(images.double().std()) == pytest.approx(1, abs=1e-3)
 
 
-def test_pixels_of_a_data_set_of_ones_own(data):
+def test_computes_pixel_statistics_of_a_data_set_of_your_own(data):
     own = own_data()
     images = normalise(own.train_images, own.pixel_mean, own.pixel_std).double()
     assert abs(float(images.mean())) < 1e-3 and float(images.std(correction=0)) == pytest.approx(1, abs=1e-3)
     as_given = Data(data.train_images, data.train_labels, data.test_images, data.test_labels)
-    assert (as_given.pixel_mean, as_given.pixel_std) == (module.PIXEL_MEAN, module.PIXEL_STD)
+    assert (as_given.pixel_mean, as_given.pixel_std) == (PIXEL_MEAN, PIXEL_STD)
     grey = own_data(train_images=torch.full((48, 5, 7), 50, dtype=torch.uint8))
     assert normalise(grey.train_images, grey.pixel_mean, grey.pixel_std).abs().max() < 1e-3
 
 
-def test_the_hash_is_of_what_is_used(data, tmp_path):
-    assert data.sha256 == SHA256 and data.sha256 is data.sha256
-    own = own_data()
-    written = write_idx(tmp_path, own)
-    assert own.sha256 == {name: hashlib.sha256((written / name).read_bytes()).hexdigest() for name in NAMES}
-    assert own_data(train_images=own.train_images.mT.contiguous().mT).sha256 == own.sha256
-    fewer = own.first(47).sha256
-    assert [fewer[name] == own.sha256[name] for name in NAMES] == [False, False, True, True]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_same_on_the_gpu():
-    own = own_data()
-    there = own.to("cuda")
+def test_is_the_same_on_the_gpu():
+    own, there = own_data(), own_data().to("cuda")
     assert there.test_labels.is_cuda and there.sha256 == own.sha256
     given = own_data(train_images=there.train_images, train_labels=there.train_labels)
     assert (given.pixel_mean, given.pixel_std) == (own.pixel_mean, own.pixel_std)
     assert validation_split(there).sha256 == validation_split(own).sha256
 
 
-def test_limit(data):
+def test_keeps_the_first_images(data):
     few = data.first(7)
     assert torch.equal(few.train_images, data.train_images[:7]) and len(few.test_labels) == 10_000
-    assert few.name == "Fashion-MNIST, first 7" and few.pixel_mean == module.PIXEL_MEAN
-    assert data.first(60_000) is data
+    assert few.name == "Fashion-MNIST, first 7" and few.pixel_mean == PIXEL_MEAN and data.first(60_000) is data
     for limit in (70_000, 0, -1):
         with pytest.raises(ValueError, match=rf"limit is {limit},.* 60000"):
             data.first(limit)
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("field", "value", "sentence"),
     [
-        (
-            {"train_images": torch.zeros(48, 5, 7)},
-            r"train_images must be torch.uint8 \(N, H, W\).*float32 \(48, 5, 7\)",
-        ),
-        ({"test_images": torch.zeros(12, 35, dtype=torch.uint8)}, r"test_images must be .*not .*\(12, 35\)"),
-        ({"test_images": torch.zeros(12, 7, 5, dtype=torch.uint8)}, r"test_images .*\(5, 7\), not \(7, 5\)"),
-        ({"train_labels": [0] * 48}, r"train_labels must be torch.int64 \(N,\).* not list"),
-        ({"train_labels": torch.zeros(48, dtype=torch.int32)}, "train_labels must be torch.int64"),
-        ({"test_labels": torch.zeros(11, dtype=torch.int64)}, "test_labels has 11 labels for 12 test_images"),
-        ({"test_labels": torch.arange(12) - 1}, "test_labels must be from 0 to 255, not from -1 to 10"),
-        ({"train_labels": torch.arange(48) + 300}, "train_labels must be from 0 to 255, not from 300 to 347"),
-        ({"test_images": torch.zeros(0, 5, 7, dtype=torch.uint8)}, "test_images must be .*not empty"),
+        ("train_images", torch.zeros(48, 5, 7), r"must be torch.uint8 \(N, H, W\).*float32 \(48, 5, 7\)"),
+        ("test_images", torch.zeros(12, 35, dtype=torch.uint8), r"must be .*not .*\(12, 35\)"),
+        ("test_images", torch.zeros(12, 7, 5, dtype=torch.uint8), r".*\(5, 7\), not \(7, 5\)"),
+        ("train_labels", [0] * 48, r"must be torch.int64 \(N,\).* not list"),
+        ("train_labels", torch.arange(48) + 300, "must be from 0 to 255, not from 300 to 347"),
+        ("test_labels", torch.arange(12) - 1, "must be from 0 to 255, not from -1 to 10"),
+        ("test_labels", torch.zeros(11, dtype=torch.int64), "has 11 labels for 12 test_images"),
     ],
 )
-def test_data_that_does_not_fit(changes, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        own_data(**changes)
+def test_rejects_tensors_that_do_not_fit(field, value, sentence):
+    with pytest.raises(ValueError, match=f"{field} {sentence}"):
+        own_data(**{field: value})
 
 
-def test_validation_split():
+def test_validation_split_holds_out_a_twelfth_of_each_class():
     own = own_data(train=180)
     split = validation_split(own)
     used, held_out = split.train_images[:, 0, 0].tolist(), split.test_images[:, 0, 0].tolist()
-    assert sorted(used + held_out) == list(range(180)), "each training image is on one side"
-    assert used == sorted(used) and split.test_labels.bincount().tolist() == [5, 5, 5]
+    assert sorted(used + held_out) == list(range(180)) and used == sorted(used)
+    assert split.test_labels.bincount().tolist() == [5, 5, 5] and split.pixel_mean == own.pixel_mean
     assert torch.equal(split.train_labels, own.train_labels[used])
     assert torch.equal(split.test_labels, own.train_labels[held_out])
     assert split.name == "data given by the caller, validation split (seed 0)"
@@ -144,16 +117,19 @@ def test_validation_split():
 
 def test_validation_split_of_fashion_mnist_is_the_same_everywhere(data):
     split = validation_split(data)
-    assert split.train_labels.bincount().tolist() == [5500] * 10
-    assert split.test_labels.bincount().tolist() == [500] * 10
+    assert split.train_labels.bincount().tolist() == [5500] * 10 and split.test_labels.bincount().tolist() == [500] * 10
     assert split.sha256["t10k-images-idx3-ubyte"] == "f7b181b0d0f60a1d3fe015af84d0eb202df26cfd5a923071622f85f65ec6c0ab"
 
 
-# A folder of one's own
+def test_rejects_a_validation_split_that_would_be_empty():
+    assert len(validation_split(own_data(train=3 * 7)).test_images) == 3
+    for size in (3, 6):
+        with pytest.raises(ValueError, match=f"each class needs at least 7 training images, not {size}$"):
+            validation_split(own_data(train=3 * size))
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_folder_of_ones_own(tmp_path, packed):
+def test_loads_a_folder_of_your_own(tmp_path, packed):
     own = own_data()
     read = load_folder(str(write_idx(tmp_path / "shapes", own, packed)))
     assert read.name == "shapes" and read.sha256 == own.sha256 and read.num_classes == 3
@@ -164,26 +140,23 @@ def test_a_folder_of_ones_own(tmp_path, packed):
 @pytest.mark.parametrize(
     ("name", "damage", "sentence"),
     [
-        (NAMES[1], lambda content: None, f"{NAMES[1]} cannot be read .No such file"),
-        (NAMES[0], lambda content: content[:-1], f"{NAMES[0]} is not a whole IDX file"),
-        (NAMES[0], lambda content: content + b"0", f"{NAMES[0]} is not a whole IDX file"),
-        (NAMES[0], lambda content: content[:9], f"{NAMES[0]} is not a whole IDX file"),
-        (NAMES[2], lambda content: b"", f"{NAMES[2]} is not a whole IDX file"),
-        (NAMES[2], lambda content: b"\0\0\x0b" + content[3:], f"{NAMES[2]} is not a whole IDX file"),
-        (NAMES[2], lambda content: content[:4] + b"\xff" * 12 + content[16:], f"{NAMES[2]} is not a whole IDX file"),
-        (NAMES[3], lambda content: b"\0\0\x08\x01\0\0\0\0", "test_labels must be .* not empty"),
-        (f"{NAMES[3]}.gz", lambda content: gzip.compress(b"1" * 99)[:-9], f"{NAMES[3]}.gz is not a whole IDX file"),
-        (f"{NAMES[3]}.gz", lambda content: b"1" * 99, f"{NAMES[3]}.gz is not a whole IDX file"),
+        (NAMES[0], lambda whole: whole[:-1], f"{NAMES[0]} is not a whole IDX file of 3-D unsigned bytes"),
+        (NAMES[1], lambda whole: b"", "is not a whole IDX file of 1-D unsigned bytes"),
+        (NAMES[2], lambda whole: whole[:4] + b"\xff" * 12 + whole[16:], "is not a whole IDX file"),
+        (NAMES[2], lambda whole: b"\0\0\x0d" + whole[3:], r"holds float32, but unsigned bytes \(type 8\) are needed"),
+        (NAMES[3], lambda whole: b"\0\0\x0c" + whole[3:], r"holds int32, but unsigned bytes \(type 8\) are needed"),
+        (NAMES[3], lambda whole: b"\0\0\x08\x01\0\0\0\0", "cannot be used: test_labels must be .* not empty"),
+        (f"{NAMES[3]}.gz", lambda whole: gzip.compress(whole)[:-9], "cannot be read .Compressed file ended"),
+        (f"{NAMES[3]}.gz", lambda whole: whole, "cannot be read .Not a gzipped file"),
     ],
 )
-def test_a_folder_of_ones_own_that_is_damaged(tmp_path, name, damage, sentence):
+def test_rejects_a_damaged_folder(tmp_path, name, damage, sentence):
     path = write_idx(tmp_path, own_data()) / name.removesuffix(".gz")
     content = damage(path.read_bytes())
-    path.unlink()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=sentence):
+    path.rename(tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=sentence) as caught:
         load_folder(tmp_path)
+    assert repr(pickle.loads(pickle.dumps(caught.value))) == repr(caught.value)  # as from a worker process
 
 
 @pytest.fixture
@@ -302,10 +275,9 @@ def test_rejects_other_content_from_any_source(raw, package, monkeypatch):
 @pytest.mark.parametrize("kind", ["a file", "a packed file", "a folder"])
 def test_leaves_a_foreign_file_alone(raw, package, monkeypatch, kind):
     monkeypatch.setattr(download, "DEBIAN_FOLDER", package)
-    write_idx(raw, own_data())
+    path = write_idx(raw, own_data()) / (f"{NAMES[1]}.gz" if kind == "a packed file" else NAMES[1])
     for name in NAMES[1], NAMES[3]:  # the other could be completed
         (raw / name).unlink()
-    path = raw / (f"{NAMES[1]}.gz" if kind == "a packed file" else NAMES[1])
     _ = path.mkdir() if kind == "a folder" else path.write_bytes(gzip.compress(b"my own labels"))
     before = {file.name: file.stat() for file in raw.iterdir()}
     with pytest.raises(DataError, match=rf"{NAMES[1]} (is another file than|cannot be read)"):
