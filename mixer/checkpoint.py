@@ -44,6 +44,7 @@ def last_weights(path: Path) -> Path:
 
 def save_weights(path: Path, weights: dict[str, Tensor], origin: dict[str, Any]) -> None:
     """Write a safetensors file that says where its weights come from. Raises OSError."""
-    weights = {name: weight.contiguous() for name, weight in weights.items()}
+    # Copies, since safetensors takes no two tensors that share their memory, as tied layers do.
+    weights = {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
     # One entry, because several would be written in an order that changes from call to call.
     write_whole(path, safetensors.torch.save(weights, {"mixer": json.dumps(origin)}))

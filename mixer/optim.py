@@ -27,7 +27,13 @@ def optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> l
         case "rmsprop":
             return [RMSprop(model.parameters(), lr=lr, weight_decay=weight_decay)]
         case "muon":
-            matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
+            blocks = getattr(model, "blocks", None)
+            if not isinstance(blocks, nn.Module):
+                raise ValueError(
+                    f"muon trains the matrices of a model's blocks, and {type(model).__name__} has none: take another "
+                    "optimiser, or name its layers blocks"
+                )
+            matrices = [weight for weight in blocks.parameters() if weight.ndim == 2]
             rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
             muon = [Muon(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
             return [*muon, AdamW(rest, lr=0.15 * lr, weight_decay=weight_decay, fused=fused)]

@@ -20,10 +20,11 @@ from mixer import data as fashion_mnist
 from mixer.baselines.distillation import weights_of as teacher_weights
 from mixer.checkpoint import last_weights
 from mixer.config import Config
+from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, differences, trial
 from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
 from mixer.system.files import check_writable, expand
 from mixer.system.processes import ctrl_c_held_back, position, worker_pool
-from mixer.training import Interrupted, part_of, train
+from mixer.training import Interrupted, fingerprint_of, part_of, train
 
 log = logging.getLogger("mixer")
 
@@ -66,8 +67,9 @@ def run_grid(
     configs = list(dict.fromkeys(configs))
     if any(not os.path.lexists(record_path(config, results)) for config in configs):
         check_writable(results / "checkpoints" / "lock")
-    how = {"device": device, "precision": precision, "progress": progress}
-    run = functools.partial(run_one, results=results, data=None if data is None else expand(data), **how)
+    data = None if data is None else expand(data)
+    how = {"device": device, "precision": precision, "data": data, "progress": progress}
+    run = functools.partial(run_one, results=results, codes=fingerprints(configs, data), **how)
     try:
         return _run_all(configs, run, executor, jobs)
     except KeyboardInterrupt as stop:
@@ -142,10 +144,15 @@ def run_one(
     device: str | None = None,
     precision: str | None = None,
     data: Path | None = None,
+    codes: dict[Config, Fingerprint] | None = None,
     progress: bool = True,
     wait: bool = True,
 ) -> Record | None:
-    """The record of one run: read where it is there, trained where not; None if it is busy and ``wait`` is false."""
+    """The record of one run: read where it is there, trained where not; None if it is busy and ``wait`` is false.
+
+    codes: what :func:`fingerprints` gives in the process that asks.
+    """
+    code = (codes or {}).get(config)
     path = record_path(config, results)
     checkpoint = results / "checkpoints" / f"{config.name}.pt"
     if not os.path.lexists(path):  # what is there, if only a link to nothing, is not overwritten
@@ -158,6 +165,12 @@ def run_one(
             with lock:
                 if not os.path.lexists(path):  # nobody finished it while we waited
                     own = None if data is None else fashion_mnist.load_folder(data)
+                    if (
+                        code
+                        and position() is not None
+                        and differences(code, fingerprints([config], data)[config], config)
+                    ):
+                        raise ValueError(_CHANGED_HERE_ONLY)
                     how = {"device": device, "precision": precision, "progress": progress, "position": position()}
                     write_record(train(config, data=own, checkpoint=checkpoint, weights=weights, **how), path)
                     checkpoint.unlink(missing_ok=True)
@@ -165,7 +178,46 @@ def run_one(
             return None
     record = read_record(path)
     _check_as_asked_for(record, path, config, device, precision, data)
+    if code and (others := other_code(record, code)):
+        raise RecordError(
+            f"{path} was trained by other code than this: {others}. Give another folder for the results, or delete "
+            "the record."
+        )
     return record
+
+
+_CHANGED_HERE_ONLY = (
+    "The model or its training was changed in this process only, and worker processes do not have the change: "
+    "write it into its file, or train with jobs=1."
+)
+
+
+def fingerprints(configs: Sequence[Config], data: Path | None = None) -> dict[Config, Fingerprint]:
+    """What each config's run computes by the code as it is now; nothing for a config that cannot be trained.
+
+    ``data``: as for :func:`run_grid`.
+    """
+    kind = FASHION_MNIST if data is None else Kind.of(fashion_mnist.load_folder(data))
+    known: dict[Config, Fingerprint] = {}
+    found = {}
+    for config in configs:
+        tried, _ = trial(config, kind)  # the same for all seeds
+        with contextlib.suppress(ValueError):  # training says what is wrong
+            if tried not in known:
+                known[tried] = fingerprint_of(config, kind)
+            found[config] = known[tried]
+    return found
+
+
+def other_code(record: Record, code: Fingerprint) -> str:
+    """In what a record differs from the code that asks for it, in words; empty where it does not."""
+    if "fingerprint" not in record:
+        return "it does not say what was computed"
+    return " and ".join(f"another {name}" for name in differences(record["fingerprint"], code, _config(record)))
+
+
+def _config(record: Record) -> Config:
+    return Config(**record["config"])
 
 
 def _check_as_asked_for(
@@ -175,7 +227,7 @@ def _check_as_asked_for(
     environment = record["environment"]
     kind = environment["device"].partition(":")[0]
     made = {
-        "config": Config(**record["config"]).name,
+        "config": _config(record).name,
         "device": kind if kind in ("cpu", "mps") else "cuda",
         "precision": environment["precision"],
         "data": environment["data_sha256"],

@@ -8,6 +8,7 @@ epoch, so an interrupted run needs no stored random state, and runs in threads o
 """
 
 import contextlib
+import copy
 import dataclasses
 import json
 import math
@@ -26,11 +27,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mixer import data as fashion_mnist
 from mixer.augment import Batch, augmented
-from mixer.baselines.distillation import Distillation
+from mixer.baselines.distillation import Distillation, soft_target_loss
 from mixer.baselines.networks import build_network
 from mixer.checkpoint import last_weights, load, save, save_weights
 from mixer.config import Config
 from mixer.data import Data, normalise, validation_split
+from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, fingerprint, trial
 from mixer.kernels import fused
 from mixer.kernels.acceleration import Choice, choose
 from mixer.model import MlpMixer
@@ -88,6 +90,7 @@ def train(
     with by_itself(device):
         data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
         run = Run(config, device, precision, data, model, optimiser)
+        run.fingerprint = fingerprint_of(config, Kind.of(data), model, optimiser)
         if checkpoint is not None and (state := load(checkpoint, run.key, device)):
             run.load_state_dict(state)
         try:
@@ -131,8 +134,8 @@ class Run:
     """A run between two epochs: model, optimisers, history, and everything else that a checkpoint keeps.
 
     device, precision: as ``find_device`` and ``find_precision`` give them. data: what ``part_of`` gives, on the device.
-    model, optimiser: of one's own, as for :func:`train`. ``tested`` is the model that is tested and kept: the moving
-    average, if there is one.
+    model, optimiser: of one's own, as for :func:`train`. loss: in place of the config's. eager: without the fast path.
+    ``tested`` is the model that is tested and kept: the moving average, if there is one.
     """
 
     def __init__(
@@ -143,12 +146,15 @@ class Run:
         data: Data,
         model: nn.Module | None = None,
         optimiser: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
+        loss: Callable[[Tensor, Batch], Tensor] | None = None,
+        eager: bool = False,
     ):
         self.config, self.device, self.precision, self.data = config, device, precision, data
         self.history: list[dict[str, float]] = []
         self.diverged: dict[str, int] | None = None
         self.best_weights: dict[str, Tensor] | None = None
         self.earlier: list[dict[str, Any]] = []  # other environments of the run, and after how many epochs they ended
+        self.fingerprint: Fingerprint = {}
         self.generator = torch.Generator()
         self._seed(0)
         self.brought = {}
@@ -158,20 +164,25 @@ class Run:
         self.model = (build_network(config, data, self.generator) if model is None else model).to(device)
         if optimiser is None:
             self.optimisers = optimisers(config.optimiser, self.model, config.lr, config.weight_decay)
+        elif not callable(optimiser):
+            raise ValueError("optimiser has to be a function, like lambda parameters: SGD(parameters, lr=0.1)")
         else:
             self.optimisers = [optimiser(self.model.parameters())]
             settings = {name: value for name, value in self.optimisers[0].defaults.items() if value is not None}
             self.brought["optimiser"] = f"{type(self.optimisers[0]).__name__} {settings}"
-        self.loss = Distillation(config, data, device, precision) if config.teacher else LabelLoss(config)
+        if loss is None:
+            loss = Distillation(config, data, device, precision) if config.teacher else LabelLoss(config)
+        self.loss = loss
         self.average, self.tested = None, self.model
         if config.ema_decay:
             # With its buffers: BatchNorm's statistics have to be those of the weights that are tested.
             average = get_ema_multi_avg_fn(config.ema_decay)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
             self.tested = self.average.module
-        self.choice: Choice | None = None
+        self.choice = Choice(self.model, "eager") if eager else None
+        self.eager = eager
         self._choose()
-        self.environment = self._environment()
+        self.environment = {} if eager else self._environment()
 
     @property
     def epoch(self) -> int:
@@ -193,14 +204,14 @@ class Run:
         test_accuracy; accuracies are fractions. ``on_step`` is given each step's loss, on the device.
         """
         start = time.perf_counter()
-        if self._choose() and self.choice.path != self.environment["path"]:
+        if self._choose():
             self.earlier.append({"epochs": self.epoch} | self.environment)
             self.environment = self._environment()
         with contextlib.ExitStack() as contexts:
             if self.choice.path == "fused":  # the eager model takes all of PyTorch's threads
                 contexts.enter_context(fused.threads_for_the_operator())
             if "model" in self.brought:  # whose dropout may draw from PyTorch's own generators
-                contexts.enter_context(torch.random.fork_rng())
+                contexts.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
                 torch.manual_seed(self._seed(self.epoch + 1))
             losses, sizes, correct = self._train_on_every_image(on_step)
             train_loss = float((losses.double() * sizes).sum() / sizes.sum())
@@ -272,6 +283,8 @@ class Run:
 
     def _choose(self) -> bool:
         """Ask again for the fast path, which a hook or another change of the model may have closed; True if it has."""
+        if self.eager:
+            return False
         images = self.data.train_images[: self.config.batch_size]
         before = self.choice
         with autocast(self.device, self.precision):
@@ -287,6 +300,7 @@ class Run:
             "format": RECORD_FORMAT,
             "config": dataclasses.asdict(self.config),
             **self.brought,
+            "fingerprint": self.fingerprint,
             "history": self.history,
             "diverged": self.diverged,
             "environment": self.environment | ({"earlier": self.earlier} if self.earlier else {}),
@@ -307,7 +321,7 @@ class Run:
     @property
     def key(self) -> str:
         """What has to be equal for a checkpoint to go on as if never interrupted: all that decides a single bit."""
-        decisive = ["torch", "precision", "path", "code_sha256"]
+        decisive = ["torch", "precision", "path"]
         decisive += ["data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
         if self.choice.path != "fused":
             decisive += ["device"]
@@ -315,6 +329,7 @@ class Run:
             decisive += ["threads"]
         key = {name: self.environment.get(name) for name in decisive} | self.brought
         key |= {"kind": self.device.type, "capability": torch.backends.cpu.get_cpu_capability()}
+        key |= {name: f"{number:.6g}" for name, number in self.fingerprint.items() if name != "weights"}
         return json.dumps([dataclasses.asdict(self.config), key])
 
     def state_dict(self) -> dict[str, Any]:
@@ -367,6 +382,26 @@ class Run:
             "pixel_mean": self.data.pixel_mean,
             "pixel_std": self.data.pixel_std,
         }
+
+
+def fingerprint_of(
+    config: Config,
+    kind: Kind = FASHION_MNIST,
+    model: nn.Module | None = None,
+    optimiser: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
+) -> Fingerprint:
+    """The fingerprint of a run by the code as it is now. Of a teacher only the loss is in it."""
+    config, noise = trial(config, kind)
+    noise = part_of(noise, config)
+    targets = torch.linspace(-2, 2, len(noise.train_labels) * kind.classes).view(-1, kind.classes)
+
+    def soft_targets(logits: Tensor, batch: Batch) -> Tensor:
+        return soft_target_loss(logits, targets[batch.index], config.temperature)
+
+    loss = soft_targets if config.teacher else None
+    cpu, model = torch.device("cpu"), copy.deepcopy(model).cpu() if model is not None else None
+    with fused.threads_for_the_operator():  # one thread, since several get in each other's way with so little to do
+        return fingerprint(Run(config, cpu, "float32", noise, model, optimiser, loss, eager=True))
 
 
 class LabelLoss:

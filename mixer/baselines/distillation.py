@@ -10,6 +10,7 @@ The teacher is trained as any run, ``Config(network="conv")``.
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def weights_of(name: str) -> Path:
 
 
 class Distillation:
-    """The loss of a student: KL divergence from a teacher, times the temperature's square (Hinton et al. 2015).
+    """The loss of a student, whose targets are a teacher's logits (Hinton et al. 2015).
 
     ``data``: what the student trains on. The teacher's ``logits`` (views, N, num_classes), float16, for the views in
     the order of ``augment.view``, are computed once, which takes minutes, and kept in the data folder.
@@ -68,9 +69,7 @@ class Distillation:
         self.temperature, self.precision = config.temperature, precision
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        targets = self.targets(batch)
-        student, teacher = (F.log_softmax(each / self.temperature, dim=1) for each in (logits, targets))
-        return self.temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return soft_target_loss(logits, self.targets(batch), self.temperature)
 
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's logits (B, num_classes), float32, for the very images that the student sees."""
@@ -78,6 +77,12 @@ class Distillation:
             return self.logits[batch.views.to(self.logits.device), batch.index].float()
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, self.precision == "bfloat16", False):
             return self.model(batch.inputs)
+
+
+def soft_target_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """KL divergence from teacher to student, both logits (B, num_classes), times the temperature's square."""
+    student, teacher = (F.log_softmax(each / temperature, dim=1) for each in (logits, targets))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
@@ -97,7 +102,8 @@ def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
 def _logits(model: ConvNet, data: Data, views: int, shift: int, precision: str) -> Tensor:
     device, batches = data.train_images.device, data.train_images.split(1000)
     logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)
-    for number in tqdm(range(views), desc="the teacher's logits for every view", leave=False, disable=None):
+    silent = True if sys.stderr is None else None  # None: where it is no terminal
+    for number in tqdm(range(views), desc="the teacher's logits for every view", leave=False, disable=silent):
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             seen = (view(images, torch.full((len(images),), number), shift) for images in batches)
             answers = [model(normalise(images, data.pixel_mean, data.pixel_std)) for images in seen]
