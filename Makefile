@@ -1,12 +1,13 @@
 # make            the report: set-up, data, executed notebooks, figures, report/report.pdf
 # make test       unit tests, and the notebooks compared with what they show when run again
 # make grid       train what is missing of the coursework's grid, with three seeds
-# make questions  train what is missing of the runs of notebooks/questions.ipynb, and measure their gradients
+# make questions  train what is missing of the runs of notebooks/questions.ipynb, and measure their gradients;
+#                 make second-round: of those planned in its appendix
 # make recipe     train what is missing of the runs of notebooks/recipe.ipynb, the most important ones first
 # make data       Fashion-MNIST into data/
-# make bench      what the fast path is worth on this machine
-# make speedrun   how long this machine takes to the coursework's accuracy
-# make notebook   run the notebooks and keep what they show (after a change)
+# make bench      measure the fast path on this machine
+# make speedrun   measure the time to the coursework's accuracy on this machine
+# make notebook   run the notebooks and keep their outputs (after a change)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +17,7 @@ RESULTS := $(wildcard results/*.safetensors results/*.json results/*/*.json resu
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
 .NOTPARALLEL:  # every notebook has a table in README.md
-.PHONY: report test grid questions recipe data bench speedrun notebook clean
+.PHONY: report test grid questions second-round recipe trial-teacher data bench speedrun notebook clean
 .DELETE_ON_ERROR:
 
 report: build/report
@@ -45,73 +46,8 @@ APT = if [ "$$(id -u)" = 0 ]; then apt=apt-get; elif sudo -n true 2>/dev/null; t
 data: .venv/installed
 	@$(BIN)/python -m mixer.data
 
-grid: .venv/installed
-	$(BIN)/python -m mixer.runner --seeds 0 1 2
-	$(BIN)/python -m mixer.runner --validation yes
-
-SHORT := $(BIN)/python -m mixer.runner --results results/questions --batch-size 256 --seeds 0 1
-PATCHES := $(SHORT) --num-epochs 10 --lr 0.01 --dropout 0.1 --patch-size
-LEFT_OUT := $(SHORT) --num-epochs 8 --dropout 0.1
-questions: .venv/installed
-	$(SHORT) --num-epochs 10 --dropout 0 --num-blocks 1 2 4 8 16 --skip-connections yes no
-	$(PATCHES) 2x2 7x7 14x14
-	$(PATCHES) 2x2 --patches-mlp-dim 256 --channels-mlp-dim 512 128
-	$(PATCHES) 7x7 --patches-mlp-dim 3136 --channels-mlp-dim 512 1568
-	$(PATCHES) 14x14 --patches-mlp-dim 12544 --channels-mlp-dim 512 6272
-	$(LEFT_OUT) --optimiser sgd momentum rmsprop
-	$(LEFT_OUT) --optimiser adamw --weight-decay 0.01
-	$(LEFT_OUT) --gelu tanh
-	$(LEFT_OUT) --initialisation pytorch
-	$(LEFT_OUT) --inputs scaled
-	$(SHORT) --seeds 0 --dropout 0.1 --gelu tanh
-	$(BIN)/python -m mixer.studies.gradients
-
-# The weights of the last epoch of a recipe's run with seed 0, under the name by which others find them; where they are here.
-keep = weights="results/recipe/weights/$$($(BIN)/python -c \
-	"import mixer; print(mixer.grid(recipe='$(1)', $(3))[0].name)").last.safetensors"; \
-	if [ -e "$$weights" ]; then mkdir -p $(dir $(2)) && cp "$$weights" $(2); fi
-
-RECIPE := $(BIN)/python -m mixer.runner --results results/recipe --recipe
-PEER := $(RECIPE) modern --seeds 0 1 --num-epochs 20 --whiten no --initialisation flax --network
-WITHOUT := $(RECIPE) modern --seeds 0 1 --num-epochs 20
-ORDER := $(BIN)/python -m mixer.runner --batch-size 256 --num-epochs 10 --lr 0.01 --dropout 0.1
-MIXERS_AGAIN := $(ORDER) --seeds 3 4 5 6 7 8 9
-CONVNETS_AGAIN := $(ORDER) --seeds 3 4 5 --network conv
-recipe: .venv/installed
-	$(RECIPE) modern --seeds 0 1 2
-	$(call keep,modern,results/recipe.safetensors)
-	$(BIN)/python -m mixer.studies.label_errors
-	$(RECIPE) teacher
-	$(call keep,teacher,results/teachers/conv.safetensors)
-	$(RECIPE) distilled --seeds 0 1 2
-	$(RECIPE) patient --seeds 0 1 2
-	$(PEER) mlp
-	$(PEER) conv
-	$(WITHOUT)
-	$(WITHOUT) --optimiser adamw --lr 0.003
-	$(WITHOUT) --weight-decay 0
-	$(WITHOUT) --schedule constant
-	$(WITHOUT) --average 0
-	$(WITHOUT) --flip no
-	$(WITHOUT) --shift 0
-	$(WITHOUT) --mixup 0
-	$(WITHOUT) --label-smoothing 0
-	$(WITHOUT) --whiten no
-	$(WITHOUT) --initialisation flax
-	$(BIN)/python -m mixer.studies.shuffle build
-	$(ORDER) --seeds 0 1 --results results/recipe --network conv
-	$(ORDER) --seeds 0 1 --results results/recipe/shuffled-patches --data build/shuffled-patches --network mixer conv
-	$(ORDER) --seeds 0 1 --results results/recipe/shuffled-pixels --data build/shuffled-pixels --network mixer conv
-	$(MIXERS_AGAIN) --results results/recipe
-	$(MIXERS_AGAIN) --results results/recipe/shuffled-patches --data build/shuffled-patches
-	$(CONVNETS_AGAIN) --results results/recipe
-	$(CONVNETS_AGAIN) --results results/recipe/shuffled-patches --data build/shuffled-patches
-
-# For students that are tried on the validation split: `--recipe distilled --teacher conv-validation --validation yes`,
-# or `patient` with `--num-epochs 60 --mixup 0.5 1`.
-results/teachers/conv-validation.safetensors: .venv/installed
-	$(RECIPE) teacher --validation yes
-	$(call keep,teacher,$@,validation=True)
+grid questions second-round recipe trial-teacher: .venv/installed
+	$(BIN)/python -m mixer.studies.experiments $(subst -, ,$@)
 
 bench: .venv/installed-dev
 	$(BIN)/python -m mixer.studies.bench

@@ -26,7 +26,7 @@ def order(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
-def shuffle(images: Tensor, side: int) -> Tensor:
+def shuffle_squares(images: Tensor, side: int) -> Tensor:
     """Cut images (N, H, W) into squares of ``side`` pixels and rearrange these in ``order``. Raises ValueError."""
     count, height, width = images.shape
     if height % side or width % side:
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         folder, data = parser.parse_args(arguments).folder, fashion_mnist.load()
         for name, side in SIDES.items():
-            train, test = (shuffle(images, side) for images in (data.train_images, data.test_images))
+            train, test = (shuffle_squares(images, side) for images in (data.train_images, data.test_images))
             write(replace(data, train_images=train, test_images=test), folder / name)
             print(f"{folder / name} is written.")
     except (DataError, OSError) as error:

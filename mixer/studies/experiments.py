@@ -1,0 +1,204 @@
+"""Experiments: which configs they consist of, and which folder holds the records.
+
+python -m mixer.studies.experiments                     which experiments there are
+python -m mixer.studies.experiments questions           trains what is missing, one run a core
+python -m mixer.studies.experiments questions --list    which runs are there and which are missing
+"""
+
+import argparse
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixer.checkpoint import last_weights
+from mixer.config import RECIPES, Config
+from mixer.data import DataError, prepare
+from mixer.records import RESULTS, record_path, weights_path
+from mixer.runner import GridError, run_grid
+from mixer.studies import gradients, label_errors, shuffle
+from mixer.system.device import find_device
+from mixer.system.files import PROJECT, write_whole
+from mixer.system.processes import cores
+
+Sets = dict[Hashable, list[Config]]  # label -> configs that differ in their seed alone
+RATES, DROPOUT, CONV = [0.001, 0.01], {"dropout_p": 0.1}, {"network": "conv"}
+ORDERS = {"as they are": "", "patches shuffled": "shuffled-patches", "pixels shuffled": "shuffled-pixels"}
+CHOICES = {  # what the report left out
+    "Adam": {},
+    "AdamW": {"optimiser": "adamw", "weight_decay": 0.01},
+    "SGD": {"optimiser": "sgd"},
+    "SGD with momentum": {"optimiser": "momentum"},
+    "RMSprop": {"optimiser": "rmsprop"},
+    "GELU by tanh": {"gelu": "tanh"},
+    "PyTorch's initialisation": {"initialisation": "pytorch"},
+    "inputs divided by 255": {"inputs": "scaled"},
+}
+WAYS = {"coursework's widths": (0, 0), "equal parameters": (1, 0), "equal FLOP": (1, 1)}  # which widths are scaled
+WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
+    "Muon": {"optimiser": "adamw", "lr": 0.003},
+    "weight decay": {"weight_decay": 0.0},
+    "schedule": {"schedule": "constant"},
+    "averaged weights": {"ema_decay": 0.0},
+    "flips": {"flip": False},
+    "shifts": {"shift": 0},
+    "mixup": {"mixup_prob": 0.0},
+    "label smoothing": {"label_smoothing": 0.0},
+    "whitened stem": {"whiten": False},
+    "blocks begin as the identity": {"initialisation": "flax"},
+}
+
+
+def sets(seeds: Iterable[int], settings: dict[str, Any], **varied: list[Any] | dict[str, dict[str, Any]]) -> Sets:
+    """One set for each combination of the values of fields, or of named settings; the combination is its label."""
+    options = [v.items() if isinstance(v, dict) else [(x, {name: x}) for x in v] for name, v in varied.items()]
+    result, seeds = {}, list(seeds)
+    for combination in product(*options):
+        label, chosen = zip(*combination, strict=True)
+        config = Config(**settings | {name: value for each in chosen for name, value in each.items()})
+        result[label if len(label) > 1 else label[0]] = [replace(config, seed=seed) for seed in seeds]
+    return result
+
+
+def questions(seeds: Sequence[int] = (0, 1)) -> dict[str, Sets]:
+    """The parts of questions.ipynb."""
+    ten, sizes = {"num_epochs": 10}, {}
+    for (way, powers), size in product(WAYS.items(), [2, 4, 7, 14]):
+        tokens, channels = ((49 / (28 // size) ** 2) ** power for power in powers)
+        widths = {"patches_mlp_dim": round(1024 * tokens), "channels_mlp_dim": round(512 * channels)}
+        label = ("in every way", 4) if size == 4 else (way, size)
+        sizes[label] = sets(seeds, DROPOUT | ten | widths, patch_size=[size])[size]
+    return {
+        "skip connections": sets(seeds, ten, num_blocks=[1, 2, 4, 8, 16], skip_connections=[True, False], lr=RATES),
+        "patch size": sizes,
+        "left out": sets(seeds, DROPOUT | {"num_epochs": 8}, choice=CHOICES, lr=RATES),
+        "the likeliest": sets(seeds[:1], DROPOUT, gelu=["tanh"], lr=RATES)  # for 60 epochs, beside the grid's own
+        | sets(range(3), DROPOUT, gelu=["exact"], lr=RATES),
+    }
+
+
+def second_round() -> dict[str, Sets]:
+    """The parts of its appendix."""
+    ten, longer = DROPOUT | {"num_epochs": 10}, DROPOUT | {"num_epochs": 120}
+    seeds = {"Adam": 3, "SGD with momentum": 3, "RMSprop": 2, "AdamW": 2}
+    each = [sets(range(n), DROPOUT, choice={name: CHOICES[name]}, lr=RATES) for name, n in seeds.items()]
+    return {
+        "optimisers": {label: configs for one in each for label, configs in one.items()},
+        "skip connections with dropout": sets(range(3), ten, skip_connections=[True, False], lr=RATES),
+        "120 epochs": sets(range(3), longer, lr=[0.001]) | sets(range(2), longer, lr=[0.01]),
+        "learning rates": sets(range(3), DROPOUT, lr=[0.0003, 0.001, 0.003, 0.01, 0.03]),
+        "five seeds": sets(range(5), DROPOUT, lr=RATES, batch_size=[256, 512]),
+    }
+
+
+def recipe(seeds: Iterable[int] = range(3), fewer_seeds: Iterable[int] = range(2)) -> dict[str, Sets]:
+    """The parts of recipe.ipynb."""
+    short = RECIPES["modern"] | {"num_epochs": 20}
+    others = short | {"whiten": False, "initialisation": "flax"}  # which apply to a mixer only
+    return {
+        "recipes": sets(seeds, {}, recipe={name: RECIPES[name] for name in ("modern", "distilled", "patient")}),
+        "teacher": sets([0], {}, recipe={"teacher": RECIPES["teacher"]}),
+        "ingredients": sets(fewer_seeds, short, without={"the recipe": {}} | WITHOUT),
+        "other networks": sets(fewer_seeds, others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
+    }
+
+
+def shuffles(seeds: Iterable[int] = range(2)) -> list[tuple[Sets, list[str]]]:
+    """Sets, and the orders of the pixels in which each is trained."""
+    ten = DROPOUT | {"num_epochs": 10}
+    afresh = sets(range(3, 10), ten, network={"mixer": {}}) | sets(range(3, 6), ten, network={"ConvNet": CONV})
+    return [(sets(seeds, ten, network={"mixer": {}, "ConvNet": CONV}), list(ORDERS)), (afresh, list(ORDERS)[:2])]
+
+
+class Stage(NamedTuple):
+    """Runs that are trained side by side, and what follows."""
+
+    folder: Path  # of the records
+    parts: dict[str, Sets]
+    keep: str = ""  # a file in results/ for the last weights of the first run
+    data: Path | None = None  # a folder that ``shuffle`` writes, in place of Fashion-MNIST
+    then: Callable[[], None] = lambda: None
+
+    def paths(self) -> dict[Config, Path]:
+        """Where each record lies. The first epochs of a run of the grid are a run too: its record is the longer one."""
+        paths = {}
+        for config in (c for part in self.parts.values() for configs in part.values() for c in configs):
+            own, longer = record_path(config, self.folder), record_path(replace(config, num_epochs=60))
+            begun = self.data is None and config.schedule == "constant" and config.num_epochs <= 60
+            paths[config] = longer if begun and longer.exists() and not own.exists() else own
+        return paths
+
+    def train(self) -> None:
+        if missing := [config for config, path in self.paths().items() if not path.exists()]:
+            prepare() if self.data is None else shuffle.main([str(self.data.parent)])
+            jobs = min(len(missing), cores()) if find_device().type == "cpu" else 1
+            run_grid(missing, self.folder, jobs=jobs, data=self.data)
+        weights = last_weights(weights_path(next(iter(self.paths())), self.folder))
+        if self.keep and weights.exists():
+            write_whole(RESULTS / self.keep, weights.read_bytes())
+        self.then()
+
+
+def _experiments() -> dict[str, list[Stage]]:
+    folder, parts = RESULTS / "recipe", recipe()
+    eight = {"lr": RATES, "dropout_p": [0.0, 0.1], "batch_size": [256, 512]}
+    grid = {"three seeds": sets(range(3), {}, **eight), "selection": sets([0], {"validation": True}, **eight)}
+    control = {"control": WITHOUT["mixup"] | WITHOUT["label smoothing"]}
+    held_out = {"teacher": sets([0], RECIPES["teacher"], validation=[True])}
+    modern = {"modern": {"modern": parts["recipes"].pop("modern")}}  # of what is left, some need the teacher
+    orders = {o: {f"round {n}": part for n, (part, names) in enumerate(shuffles(), 1) if o in names} for o in ORDERS}
+    return {
+        "grid": [Stage(RESULTS, grid)],
+        "questions": [Stage(RESULTS / "questions", questions(), then=gradients.main)],
+        "second round": [
+            Stage(RESULTS / "questions", second_round()),
+            Stage(folder, {"control": sets(range(3), RECIPES["modern"], without=control)}),
+        ],
+        "recipe": [
+            Stage(folder, modern, keep="recipe.safetensors", then=label_errors.main),
+            Stage(folder, {"teacher": parts.pop("teacher")}, keep="teachers/conv.safetensors"),
+            Stage(folder, parts | orders.pop("as they are")),
+            *(Stage(folder / ORDERS[o], part, data=PROJECT / "build" / ORDERS[o]) for o, part in orders.items()),
+        ],
+        # Students that are tried on the validation split are distilled from it: it has not seen that split either.
+        "trial teacher": [Stage(folder, held_out, keep="teachers/conv-validation.safetensors")],
+    }
+
+
+EXPERIMENTS = _experiments()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mixer.studies.experiments",
+        description="Train what is missing of an experiment. Finished runs are skipped, interrupted runs resume.",
+    )
+    parser.add_argument("experiment", nargs="*", help=f"one of: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--list", action="store_true", help="show which runs are there and which are missing")
+    options = parser.parse_args(arguments)
+    name = " ".join(options.experiment)
+    if name and name not in EXPERIMENTS:
+        close = difflib.get_close_matches(name, EXPERIMENTS, 1, cutoff=0)
+        sys.exit(f"There is no experiment {name!r} ({', '.join(EXPERIMENTS)}): did you mean {close[0]!r}?")
+    for each in [name] if name else EXPERIMENTS:
+        paths = [path for stage in EXPERIMENTS[each] for path in stage.paths().values()]
+        for path in paths if options.list else []:
+            print("there  " if path.exists() else "missing", path.relative_to(PROJECT))
+        print(f"{each}: {len(paths)} runs, {sum(not path.exists() for path in paths)} missing")
+    if name and not options.list:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        try:
+            for stage in EXPERIMENTS[name]:
+                stage.train()
+        except (GridError, DataError, ValueError, OSError) as error:
+            sys.exit(str(error))
+        except KeyboardInterrupt:
+            sys.exit("Stopped; the same command resumes.")
+
+
+if __name__ == "__main__":
+    main()

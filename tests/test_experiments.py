@@ -1,0 +1,59 @@
+import nbformat
+import pytest
+
+from mixer.checkpoint import last_weights
+from mixer.config import RECIPES, Config, grid
+from mixer.records import RESULTS, read_record, record_path, weights_path
+from mixer.studies import experiments
+from mixer.studies.experiments import EXPERIMENTS, WITHOUT, Stage, main
+from mixer.system.files import PROJECT
+
+RUNS = [(stage, config) for stages in EXPERIMENTS.values() for stage in stages for config in stage.paths()]
+
+
+@pytest.mark.parametrize("folder", ["questions", "recipe"])
+def test_every_record_belongs_to_an_experiment_or_is_a_trial(folder):
+    others = set((RESULTS / folder).rglob("lr*.json")) - {record_path(config, stage.folder) for stage, config in RUNS}
+    assert all(read_record(path)["config"]["validation"] for path in others)  # only trials are on the validation split
+
+
+def test_names_are_unique():
+    configs = {config for _, config in RUNS}
+    assert len({config.name for config in configs}) == len(configs) > 200
+    assert {config for stage, config in RUNS if stage.folder == RESULTS} >= set(grid(seeds=range(3)))
+    assert sorted(field for instead in WITHOUT.values() for field in instead) == sorted(RECIPES["modern"])
+
+
+@pytest.mark.parametrize("name", ["grid", "questions", "recipe"])
+def test_lists_a_finished_experiment_as_complete(name, capsys):
+    main([name, "--list"])
+    *runs, total = capsys.readouterr().out.splitlines()
+    assert total == f"{name}: {len(runs)} runs, 0 missing"
+    assert all((PROJECT / run.removeprefix("there   ")).exists() for run in runs)
+
+
+@pytest.mark.parametrize("notebook", ["questions", "recipe"])
+def test_a_notebook_shows_the_seeds_that_are_trained(notebook):
+    book, parameters = nbformat.read(PROJECT / "notebooks" / f"{notebook}.ipynb", 4), {}
+    exec(next(cell.source for cell in book.cells if cell.id == "parameters"), parameters)
+    seeds = [parameters[name] for name in ("seeds", "fewer_seeds") if name in parameters]
+    assert getattr(experiments, notebook)(*seeds) == getattr(experiments, notebook)()
+
+
+def test_suggests_an_experiment_and_make_has_them_all():
+    with pytest.raises(SystemExit, match=r"no experiment 'secnd round' \(grid, .*\): did you mean 'second round'\?"):
+        main(["secnd", "round"])
+    makefile = (PROJECT / "Makefile").read_text()
+    assert " ".join(name.replace(" ", "-") for name in EXPERIMENTS) + ": .venv/installed" in makefile
+
+
+def test_trains_what_is_missing_and_keeps_the_last_weights(tmp_path, monkeypatch):
+    there, missing = (Config(seed=seed, num_epochs=70) for seed in (0, 1))
+    for path in (record_path(there, tmp_path), last_weights(weights_path(there, tmp_path))):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    trained = []
+    monkeypatch.setattr(experiments, "run_grid", lambda configs, folder, **how: trained.append((configs, folder)))
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    Stage(tmp_path, {"a": {"b": [there, missing]}}, keep="kept", then=lambda: trained.append("and then")).train()
+    assert trained == [([missing], tmp_path), "and then"] and (tmp_path / "results" / "kept").read_text() == "x"
