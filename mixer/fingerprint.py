@@ -50,12 +50,13 @@ def trial(config: Config, kind: Kind) -> tuple[Config, Data]:
     return replace(config, batch_size=BATCH, seed=0, limit=None, validation=False), noise
 
 
-def fingerprint(run: Any) -> Fingerprint:
+def try_out(run: Any) -> Fingerprint:
     """Try out a new ``training.Run`` of what :func:`trial` gives; it is of no further use."""
     numbers = {"weights": _projection([p.detach().double() for p in run.model.parameters()])}
     for model in {run.model, run.tested}:
-        model.double()
-        model.register_forward_pre_hook(lambda module, inputs: inputs[0].double())  # and so it stays in eager PyTorch
+        if "model" not in run.brought:  # which may make float32 tensors as it goes
+            model.double()
+            model.register_forward_pre_hook(lambda _, inputs: inputs[0].double())  # and so it stays in eager PyTorch
         _set_weights(model)
     numbers["output"], _ = run.evaluate()
     before, gradients = [p.detach().clone() for p in run.model.parameters()], []
@@ -69,7 +70,8 @@ def fingerprint(run: Any) -> Fingerprint:
     numbers["gradient"] = _projection(gradients)
     numbers["steps"] = _projection([new - old for new, old in zip(after, before, strict=True)])
     numbers["loss"] = run.history[0]["test_loss"] if run.history else math.inf
-    return {name: float(f"{number:.12g}") for name, number in numbers.items()}
+    # JSON has no infinity, to which the steps of an absurd learning rate lead.
+    return {name: float(f"{number:.12g}") if math.isfinite(number) else 0.0 for name, number in numbers.items()}
 
 
 def differences(one: Fingerprint, other: Fingerprint, config: Config) -> list[str]:

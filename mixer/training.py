@@ -32,7 +32,7 @@ from mixer.baselines.networks import build_network
 from mixer.checkpoint import last_weights, load, save, save_weights
 from mixer.config import Config
 from mixer.data import Data, normalise, validation_split
-from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, fingerprint, trial
+from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, trial, try_out
 from mixer.kernels import fused
 from mixer.kernels.acceleration import Choice, choose
 from mixer.model import MlpMixer
@@ -341,6 +341,7 @@ class Run:
             "history": self.history,
             "diverged": self.diverged,
             "best_weights": self.best_weights,
+            "fingerprint": self.fingerprint,
             "environments": json.dumps([*self.earlier, self.environment]),
         }
 
@@ -350,7 +351,7 @@ class Run:
             self.average.load_state_dict(state["average"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        self.history, self.diverged = state["history"], state["diverged"]
+        self.history, self.diverged, self.fingerprint = state["history"], state["diverged"], state["fingerprint"]
         self.best_weights = state["best_weights"] and {k: w.cpu() for k, w in state["best_weights"].items()}
         *self.earlier, last = json.loads(state["environments"])
         if last != self.environment:
@@ -401,7 +402,7 @@ def fingerprint_of(
     loss = soft_targets if config.teacher else None
     cpu, model = torch.device("cpu"), copy.deepcopy(model).cpu() if model is not None else None
     with fused.threads_for_the_operator():  # one thread, since several get in each other's way with so little to do
-        return fingerprint(Run(config, cpu, "float32", noise, model, optimiser, loss, eager=True))
+        return try_out(Run(config, cpu, "float32", noise, model, optimiser, loss, eager=True))
 
 
 class LabelLoss:

@@ -11,7 +11,7 @@ from mixer.baselines import ConvNet, PlainMlp
 from mixer.config import Config
 from mixer.data import CLASSES, Data, normalise
 from mixer.model import MlpMixer
-from mixer.predict import WEIGHTS, classify, load_model, prepare
+from mixer.prediction import WEIGHTS, classify, load_model, prepare
 from mixer.runs import last_weights, train
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from mixer import records, run_grid
 from mixer.config import Config
-from mixer.files import check_writable, write_whole
+from mixer.system.files import check_writable, write_whole
 from mixer.records import RecordError, read_record, write_record
 from mixer.runner import GridError
 

@@ -29,7 +29,7 @@ from mixer.config import Config
 from mixer.data import Data
 from mixer.kernels import fused
 from mixer.model import MlpMixer
-from mixer.predict import load_model
+from mixer.prediction import load_model
 from mixer.records import best_epoch
 from mixer.runs import Interrupted, _Run, last_weights, train
 from mixer.training import Training, find_precision, predict

@@ -15,7 +15,6 @@ from typing import Any
 import threadpoolctl
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mixer.kernels import build
 from mixer.kernels.dropout import threshold
@@ -59,14 +58,19 @@ def fused_blocks(
     Output and gradients are the same bit for bit on any number of threads. Raises ValueError for tensors that do not
     fit together or are too large, RuntimeError where the operator is not available.
     """
-    check(x, parameters)
+    check(x, parameters, seeds)
     if not available(bfloat16):
         raise RuntimeError("the fused operator is not available here: call the model itself")
     return _Blocks.apply((p, bfloat16, skip, gelu), torch.is_grad_enabled(), x, seeds, *parameters)
 
 
-def check(x: Tensor, parameters: list[Tensor]) -> None:
+def check(x: Tensor, parameters: list[Tensor], seeds: Tensor) -> None:
     """Raise ValueError unless every tensor is what the compiled code takes it for."""
+    count, rest = divmod(len(parameters), PARAMETERS)
+    if rest or not count:
+        raise ValueError(f"a block has {PARAMETERS} parameters, and {len(parameters)} are those of no number of blocks")
+    if seeds.dtype is not torch.int64 or seeds.shape != (count, 4) or not seeds.is_cpu:
+        raise ValueError(f"seeds have to be int64 ({count}, 4) on the CPU, not {seeds.dtype} {tuple(seeds.shape)}")
     for tensor in (x, *parameters):
         if tensor.dtype is not torch.float32 or tensor.layout is not torch.strided or not tensor.is_cpu:
             raise ValueError(f"tensors have to be float32 on the CPU, not {tensor.dtype} on {tensor.device}")
@@ -184,8 +188,9 @@ class _Blocks(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: once_differentiable would give 0 where grad is a constant
+            raise RuntimeError("the fused operator has first derivatives only: call the model itself for others")
         x, stream, seeds, *parameters = ctx.saved_tensors
         grad = grad.contiguous()
         if not x.numel():

@@ -27,25 +27,37 @@ class Graphed:
     Called as the model is, under an autocast that caches nothing, with normalised images on the device. A backward
     pass through the logits *sets* the gradients of all parameters, which are the same tensors every time, as the logits
     are. The first batch of a size is recorded, which takes seconds, and raises whatever torch.compile and CUDA raise
-    where that cannot be had.
+    where that cannot be had. Outside training the model itself is called.
     """
 
     def __init__(self, model: MlpMixer):
         self.model = model
         self._block = torch.compile(seeded_block, fullgraph=True, dynamic=False, options=OPTIONS)
         self._recordings: dict[torch.Size, _Recording] = {}
+        self._recorded = _visible(model)
 
     def __call__(self, images: Tensor) -> Tensor:
+        if not (self.model.training and torch.is_grad_enabled()):
+            return self.model(images)
         seeds = draw_seeds(self.model, images.device)
         if images.shape not in self._recordings:
             with torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=VARIANTS):
                 self._recordings[images.shape] = _Recording(self.model, self._block, images, seeds)
         return _Replay.apply(self._recordings[images.shape], images, seeds, self.model.head.bias)
 
+    def is_current(self) -> bool:
+        """Whether the model still has the layers and settings that were recorded, and trains the same tensors."""
+        return self._recorded == _visible(self.model)
+
     def forget(self) -> None:
         """Leave no seeds behind that were drawn ahead, where a recording has failed."""
         for block in self.model.blocks:
             block.dropout.drawn = ()
+
+
+def _visible(model: MlpMixer) -> tuple:
+    blocks = [(block.skip_connections, block.gelu) for block in model.blocks]
+    return str(model), blocks, [(parameter.data_ptr(), parameter.requires_grad) for parameter in model.parameters()]
 
 
 def draw_seeds(model: MlpMixer, device: torch.device) -> Tensor:

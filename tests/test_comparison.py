@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from mixer.config import Config
-from mixer.reporting.compare import by_set, compare, outcomes
+from mixer.reporting.comparison import by_set, compare, outcomes
 
 
 def record(config: Config, *accuracies: float) -> dict:
