@@ -1,60 +1,76 @@
-"""The recorded step: what of it needs no GPU here, and on one what it computes."""
+"""The recorded step: what of it needs no GPU, and on one its answers against float64."""
 
 import copy
-import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
-from mixer.config import Config
+from mixer import Config, MlpMixer, train
 from mixer.data import normalise
+from mixer.kernels import acceleration
+from mixer.kernels.acceleration import Choice, NotServed, choose
 from mixer.kernels.dropout import dropout_scale
-from mixer.kernels.graphs import Replayed, draw_seeds, replayed, seeded_block
-from mixer.model import MixerBlock, MlpMixer
-from mixer.training import Training, autocast
+from mixer.kernels.graphs import Graphed, draw_seeds, seeded_block
+from mixer.system.device import autocast
 
-CPU = torch.device("cpu")
 on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+IMAGES = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
-def model(dropout_p: float, num_blocks: int = 2) -> MlpMixer:
-    """With a head that is not zero, so that gradients reach the blocks."""
+def mixer(dropout_p=0.1, num_blocks=2) -> MlpMixer:
+    """A mixer with a head that is not zero, so that gradients reach the blocks."""
     model = MlpMixer(num_blocks=num_blocks, dropout_p=dropout_p, generator=torch.Generator().manual_seed(1))
-    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(2))
+    nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(2))
     return model
-
-
-class PlainBlock(MixerBlock):
-    """A block that the operator for the CPU does not take."""
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_a_block_is_one_graph_with_the_seeds_that_it_draws_itself(dropout_p):
-    alone, seeded = model(dropout_p), model(dropout_p)
-    for block in alone.blocks:
-        block.__class__ = PlainBlock
-    images = torch.randn(4, 1, 28, 28)
+    alone, seeded = mixer(dropout_p), mixer(dropout_p)
     compiled = torch.compile(seeded_block, backend="eager", fullgraph=True)
-    seeds = draw_seeds(seeded, CPU)
-
-    def mixing(blocks, x: Tensor) -> Tensor:
-        for block, of_block in zip(blocks, seeds, strict=True):
-            x = compiled(block, x, of_block)
-        return x
-
-    assert torch.equal(seeded(images, mixing), alone(images))
-    assert not any(block.dropout.drawn for block in seeded.blocks)
-    # and both have taken as much from the generator
-    assert torch.equal(seeded.blocks[0].dropout.seeds(), alone.blocks[0].dropout.seeds())
+    x = seeded.embed(IMAGES)
+    for block, seeds in zip(seeded.blocks, draw_seeds(seeded, torch.device("cpu")), strict=True):
+        x = compiled(block, x, seeds)
+        assert not block.dropout.drawn
+    assert torch.equal(seeded.classify(x), alone(IMAGES))
+    assert torch.equal(seeded.blocks[0].dropout.generator.get_state(), alone.blocks[0].dropout.generator.get_state())
 
 
-def test_what_cannot_be_recorded_trains_kernel_by_kernel_and_says_so(caplog):
-    with caplog.at_level(logging.WARNING, logger="mixer"):
-        assert replayed(model(0.1), torch.randn(4, 1, 28, 28)) is None
-    [message] = caplog.messages
-    assert message.startswith("The mixer trains kernel by kernel on this GPU") and "\n" not in message
+def test_outside_training_the_model_itself_is_called():
+    model = mixer()
+    with torch.no_grad():
+        assert torch.equal(Graphed(model)(IMAGES), mixer()(IMAGES))
+    model.eval()
+    assert torch.equal(Graphed(model)(IMAGES), model(IMAGES))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records it")
+def test_a_step_that_cannot_be_recorded_says_why_and_leaves_no_seeds():
+    model = mixer()
+    with pytest.raises(NotServed, match=r"^its step could not be recorded \(\w+: [^\n]+\)$"):
+        acceleration._graphed(model, IMAGES, None)
+    assert not any(block.dropout.drawn for block in model.blocks)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.blocks[1].requires_grad_(False),
+        lambda model: [setattr(block.dropout, "p", 0.5) for block in model.blocks],
+        lambda model: [setattr(block, "skip_connections", False) for block in model.blocks],
+        lambda model: setattr(model, "head", nn.Linear(16, 10)),
+    ],
+    ids=["frozen", "another dropout", "without skip connections", "another head"],
+)
+def test_recordings_are_kept_until_the_model_changes(change):
+    model = mixer()
+    before = Choice(Graphed(model), "graphs")
+    model.head.weight.data.mul_(2)  # as an optimiser does
+    assert acceleration._graphed(model, IMAGES, before) is before
+    change(model)
+    assert not before.forward.is_current()
 
 
 @on_cuda
@@ -69,34 +85,44 @@ def test_cuda_draws_the_masks_of_the_cpu_eagerly_and_compiled():
 @on_cuda
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_a_replayed_step_is_the_formula_in_float64(data, dropout_p, precision):
-    ours = model(dropout_p, 8).cuda()
-    theirs = copy.deepcopy(ours).double().cpu()
-    recorded = Replayed(ours)
+def test_a_replayed_step_agrees_with_float64(data, dropout_p, precision):
+    ours = mixer(dropout_p, 8).cuda()
+    exact, fast = copy.deepcopy(ours).double().cpu(), Graphed(ours)
+    within = 2e-2 if precision == "bfloat16" else 1e-4
     for first in (0, 64):  # the first call records, the second only replays
-        images = normalise(data.train_images[first : first + 64], data.pixel_mean, data.pixel_std)
-        labels = data.train_labels[first : first + 64]
-        ours.blocks[0].dropout.generator.manual_seed(first)
+        images, labels = normalise(data.train_images[first : first + 64]), data.train_labels[first : first + 64]
+        for model in (ours, exact):
+            model.blocks[0].dropout.generator.manual_seed(first)
         with autocast(torch.device("cuda"), precision):
-            logits = recorded(images.cuda())
+            logits = fast(images.cuda())
         F.cross_entropy(logits, labels.cuda()).backward()
-        theirs.zero_grad()
-        theirs.blocks[0].dropout.generator.manual_seed(first)
-        expected = theirs(images.double())
-        F.cross_entropy(expected, labels).backward()
-        within = 2e-2 if precision == "bfloat16" else 1e-4
-        assert (logits.cpu() - expected).norm() < within * expected.norm()
-        mine = torch.cat([weight.grad.flatten().cpu() for weight in ours.parameters()])
-        right = torch.cat([weight.grad.flatten() for weight in theirs.parameters()])
-        assert (mine - right).norm() < within * right.norm()
+        exact.zero_grad()
+        wanted = exact(images.double())
+        F.cross_entropy(wanted, labels).backward()
+        assert (logits.cpu() - wanted).norm() < within * wanted.norm()
+        got, right = (torch.cat([p.grad.cpu().flatten() for p in model.parameters()]) for model in (ours, exact))
+        assert (got - right).norm() < within * right.norm()
 
 
 @on_cuda
-def test_a_recorded_training_learns_as_one_that_is_not(few):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_edited_forward_and_a_hook_are_eager_on_cuda(precision, monkeypatch):
+    images, model = IMAGES.cuda(), mixer().cuda()
+    with autocast(images.device, precision):
+        assert choose(model, images).path == "graphs"
+        with model.head.register_forward_hook(lambda *_: None):
+            assert choose(model, images).path == "eager"
+        monkeypatch.setattr(MlpMixer, "forward", lambda self, images: 2 * self.classify(self.embed(images)))
+        assert choose(model, images).path == "eager"
+
+
+@on_cuda
+def test_a_recorded_training_learns_as_an_eager_one(few, monkeypatch):
     config = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, num_blocks=2)
-    recorded, eager = (Training(config, torch.device("cuda"), "float32", few.to("cuda")) for _ in range(2))
-    assert recorded.path == "replayed"
-    eager.network = eager.model
-    for _ in range(3):
-        ours, theirs = recorded.train_epoch(), eager.train_epoch()
+    how = {"data": few, "device": "cuda", "precision": "float32", "progress": False}
+    recorded = train(config, **how)
+    monkeypatch.setattr(Graphed, "__call__", lambda self, images: self.model(images))
+    eager = train(config, **how)
+    assert recorded["environment"]["path"] == "graphs"
+    for ours, theirs in zip(recorded["history"], eager["history"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
