@@ -180,8 +180,7 @@ def run_one(
     _check_as_asked_for(record, path, config, device, precision, data)
     if code and (others := other_code(record, code)):
         raise RecordError(
-            f"{path} was trained by other code than this: {others}. Give another folder for the results, or delete "
-            "the record."
+            f"{path} was trained by other code ({others}): give another folder for the results, or delete the record."
         )
     return record
 
@@ -213,7 +212,8 @@ def other_code(record: Record, code: Fingerprint) -> str:
     """In what a record differs from the code that asks for it, in words; empty where it does not."""
     if "fingerprint" not in record:
         return "it does not say what was computed"
-    return " and ".join(f"another {name}" for name in differences(record["fingerprint"], code, _config(record)))
+    names = differences(record["fingerprint"], code, _config(record))
+    return f"the present code computes another {', '.join(names)}" if names else ""
 
 
 def _config(record: Record) -> Config:

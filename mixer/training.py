@@ -96,6 +96,7 @@ def train(
         try:
             steps = run.steps_per_epoch
             with Bar(config.name, config.num_epochs, steps, run.epoch, progress, position) as bar:
+                bar.announce(run.how)
                 while not run.finished:
                     run.train_epoch(bar.step)
                     if checkpoint is not None:
@@ -172,6 +173,8 @@ class Run:
             self.brought["optimiser"] = f"{type(self.optimisers[0]).__name__} {settings}"
         if loss is None:
             loss = Distillation(config, data, device, precision) if config.teacher else LabelLoss(config)
+        for each in self.optimisers if device.type == "cpu" else ():
+            each._accelerator_graph_capture_health_check = lambda: None  # it would ask a GPU that may be out of order
         self.loss = loss
         self.average, self.tested = None, self.model
         if config.ema_decay:
@@ -293,6 +296,13 @@ class Run:
         if moved and self.choice.path == "eager" and isinstance(self.model, MlpMixer):
             log.warning("The model trains in eager PyTorch, several times slower, since %s.", self.choice.reason)
         return moved
+
+    @property
+    def how(self) -> str:
+        """How the run computes, in a few words."""
+        words = {"fused": "the fused operator", "graphs": "CUDA graphs", "eager": "eager PyTorch"}[self.choice.path]
+        threads = f" on {self.environment['threads']} threads" if self.device.type == "cpu" else ""
+        return f"Trains by {words} in {self.precision}{threads} ({self.environment['device']})."
 
     def record(self) -> Record:
         """The record of the run, of as many epochs as there are."""

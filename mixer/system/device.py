@@ -3,10 +3,13 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from logging import getLogger
 
 import torch
 
 from mixer.kernels import fused
+
+log = getLogger("mixer")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -15,10 +18,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of this name; without one CUDA, else Apple's MPS, else the CPU. ValueError when it is not there."""
+    """The device of this name; without one CUDA, else Apple's MPS, else the CPU. ValueError when it is not there.
+
+    A GPU that is found but cannot compute (too old, busy, out of memory) is passed over with one log line.
+    """
     if name is None:
-        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+        for found in ("cuda",) * torch.cuda.is_available() + ("mps",) * torch.backends.mps.is_available():
+            try:
+                torch.zeros(1, device=found)
+                return torch.device(found)
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0].rstrip(".")
+                log.warning("The GPU is not used, since it cannot compute (%s).", reason)
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type in ("cpu", "cuda", "mps"):

@@ -13,6 +13,7 @@ class Bar(tqdm):
     everywhere: a widget's remains are unreadable in a notebook that was saved or exported."""
 
     monitor_interval = 0  # no thread of tqdm's own
+    announced = ""
 
     def __init__(self, name: str, epochs: int, steps: int, done: int, shown: bool, position: int | None):
         """For a run of ``epochs`` epochs of ``steps`` steps each, of which ``done`` epochs are done."""
@@ -26,6 +27,12 @@ class Bar(tqdm):
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}% {remaining} left |{bar:10}|{desc}",
         )
+
+    def announce(self, how: str) -> None:
+        """Say how runs compute, once in a process as long as it stays the same."""
+        if not self.disable and how != Bar.announced:
+            Bar.announced = how
+            self.write(how, file=sys.stderr)
 
     def step(self, loss: Tensor) -> None:
         # Reading the loss waits for the device, so it is looked at twice a second, not at every step.
