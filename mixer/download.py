@@ -16,10 +16,9 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from filelock import FileLock
 from torchvision.datasets import FashionMNIST
 
-from mixer.system.files import PROJECT, expand
+from mixer.system.files import PROJECT, expand, locked
 
 SHA256 = {  # of the unpacked files, in the order of Data's tensors
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -50,7 +49,7 @@ def prepare() -> Path:
     try:
         if _missing(raw):
             raw.mkdir(parents=True, exist_ok=True)
-            with FileLock(raw.parent / ".lock"):
+            with locked(raw.parent / ".lock"):
                 _complete(raw)
     except OSError as error:
         problem = f"Fashion-MNIST cannot be written to {raw} ({error.strerror or error})"

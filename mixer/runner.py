@@ -14,15 +14,13 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from mixer import data as fashion_mnist
 from mixer.baselines.distillation import weights_of as teacher_weights
 from mixer.checkpoint import last_weights
 from mixer.config import Config
 from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, differences, trial
 from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
-from mixer.system.files import check_writable, expand
+from mixer.system.files import check_writable, expand, locked
 from mixer.system.processes import ctrl_c_held_back, position, worker_pool
 from mixer.training import Interrupted, fingerprint_of, part_of, train
 
@@ -159,23 +157,17 @@ def run_one(
         weights = weights_path(config, results)
         for file in (path, checkpoint, last_weights(weights)):  # a name that is too long is known before training
             check_writable(file)
-        # A lock of the operating system ends with its process, however that ends.
-        lock = filelock.FileLock(checkpoint.with_suffix(".lock"), timeout=-1 if wait else 0)
-        try:
-            with lock:
-                if not os.path.lexists(path):  # nobody finished it while we waited
-                    own = None if data is None else fashion_mnist.load_folder(data)
-                    if (
-                        code
-                        and position() is not None
-                        and differences(code, fingerprints([config], data)[config], config)
-                    ):
-                        raise ValueError(_CHANGED_HERE_ONLY)
-                    how = {"device": device, "precision": precision, "progress": progress, "position": position()}
-                    write_record(train(config, data=own, checkpoint=checkpoint, weights=weights, **how), path)
-                    checkpoint.unlink(missing_ok=True)
-        except filelock.Timeout:
-            return None
+        with locked(checkpoint.with_suffix(".lock"), wait) as mine:
+            if not mine:
+                return None
+            if not os.path.lexists(path):  # nobody finished it while we waited
+                own = None if data is None else fashion_mnist.load_folder(data)
+                here = fingerprints([config], data).get(config) if position() is not None else code
+                if code and here and differences(code, here, config):
+                    raise ValueError(_CHANGED_HERE_ONLY)
+                how = {"device": device, "precision": precision, "progress": progress, "position": position()}
+                write_record(train(config, data=own, checkpoint=checkpoint, weights=weights, **how), path)
+                checkpoint.unlink(missing_ok=True)
     record = read_record(path)
     _check_as_asked_for(record, path, config, device, precision, data)
     if code and (others := other_code(record, code)):

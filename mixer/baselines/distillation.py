@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
@@ -26,7 +25,7 @@ from mixer.baselines.networks import ConvNet
 from mixer.config import Config
 from mixer.data import Data, normalise
 from mixer.download import data_folder
-from mixer.system.files import PROJECT, check_writable, seal, unseal, write_whole
+from mixer.system.files import PROJECT, check_writable, locked, seal, unseal, write_whole
 
 WEIGHTS = PROJECT / "results" / "teachers"
 
@@ -57,7 +56,7 @@ class Distillation:
         kept, shape = data_folder() / "teachers" / name, (views, len(data.train_images), data.num_classes)
         self.model = _conv_net(path, weights, data).to(device).requires_grad_(False)
         check_writable(kept)
-        with FileLock(kept.with_suffix(".lock")):  # students that begin side by side let one of them do it
+        with locked(kept.with_suffix(".lock")):  # students that begin side by side let one of them do it
             try:
                 content = unseal(kept.read_bytes())
             except (OSError, ValueError):

@@ -5,8 +5,18 @@ import errno
 import hashlib
 import os
 import threading
+from collections.abc import Iterator
+from logging import getLogger
 from pathlib import Path
 
+import filelock
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+log = getLogger("mixer")
 PROJECT = Path(__file__).parents[2]
 
 
@@ -49,6 +59,53 @@ def check_writable(path: Path) -> None:
         raise OSError(f"{path} cannot be written ({error.strerror or error}): give another place.") from error
     finally:
         _discard(incoming)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Within it, no other process or thread holds this lock; gives False where one does and ``wait`` is false.
+
+    The operating system's lock ends with its process, however that ends, and its file goes with it. Where the file
+    system has no locks, as on some clusters, a log line says so and it goes on without.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except filelock.Timeout:
+            yield False
+            return
+        with lock:
+            yield True
+        return
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break  # else it was the lock of a process that has just finished
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(descriptor)
+            yield False
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                os.close(descriptor)
+                raise
+            log.warning("%s has no file locks: do not work on it from two places at once.", path.parent)
+            break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def seal(content: bytes | memoryview) -> bytes:

@@ -1,0 +1,64 @@
+"""Locks; that files are whole is tested where they are written."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import threading
+
+import pytest
+
+from mixer.system import files
+from mixer.system.files import locked
+
+
+def hold(path, ready):
+    with locked(path):
+        ready.set()
+        signal.pause()
+
+
+def test_excludes_threads_and_leaves_no_file(tmp_path):
+    path, order = tmp_path / "folder" / "run.lock", []
+
+    def work(number):
+        with locked(path):
+            order.append(number)
+            order.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order[::2] == order[1::2] and sorted(order[::2]) == list(range(20))
+    assert not path.exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pause"), reason="needs Unix")
+def test_is_refused_while_another_process_lives_and_taken_after_its_death(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    path, ready = tmp_path / "run.lock", context.Event()
+    process = context.Process(target=hold, args=(path, ready))
+    process.start()
+    assert ready.wait(60)
+    with locked(path, wait=False) as mine:
+        assert not mine and path.exists()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with locked(path) as mine:
+        assert mine
+    assert not path.exists()
+
+
+@pytest.mark.skipif(files.fcntl is None, reason="needs Unix")
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_goes_on_with_a_line_where_there_are_no_locks(tmp_path, monkeypatch, caplog, code):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    (tmp_path / "run.lock").write_text("17139\nnode17\n")  # left behind by another host
+    with locked(tmp_path / "run.lock", wait=False) as mine:
+        assert mine
+    assert "has no file locks" in caplog.text
