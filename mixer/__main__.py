@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from mixer.config import BATCH_SIZES, DROPOUTS, LRS, RECIPES, Config, grid
 from mixer.data import DataError
 from mixer.records import RESULTS, Record, RecordError, best_epoch, record_path
 from mixer.runner import GridError, run_grid
+from mixer.system.affinity import cores
 from mixer.system.device import find_device, find_precision
-from mixer.system.processes import cores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,4 +122,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt Python's exit
         sys.exit("Stopped; the same command resumes from here.")

@@ -491,7 +491,9 @@ struct Buffer {
         data = static_cast<T*>(allocate(size * sizeof(T)));
         capacity = size;
     }
-    void clear(size_t size) { std::memset(data, 0, size * sizeof(T)); }
+    void clear(size_t size) {
+        if (size) std::memset(data, 0, size * sizeof(T));  // of nothing there is no pointer
+    }
     T& operator[](int64_t i) const { return data[i]; }
 };
 

@@ -15,15 +15,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mixer.baselines.distillation import weights_of
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
 from mixer.data import DataError, prepare
 from mixer.records import RESULTS, record_path, weights_path
 from mixer.runner import GridError, run_grid
 from mixer.studies import gradients, label_errors, shuffle
+from mixer.system.affinity import cores
 from mixer.system.device import find_device
-from mixer.system.files import PROJECT, write_whole
-from mixer.system.processes import cores
+from mixer.system.files import PROJECT, SHIPPED, write_whole
 
 Sets = dict[Hashable, list[Config]]  # label -> configs that differ in their seed alone
 RATES, DROPOUT, CONV = [0.001, 0.01], {"dropout_p": 0.1}, {"network": "conv"}
@@ -119,7 +120,7 @@ class Stage(NamedTuple):
 
     folder: Path  # of the records
     parts: dict[str, Sets]
-    keep: str = ""  # a file in results/ for the last weights of the first run
+    keep: Path | None = None  # the file for the last weights of the first run
     data: Path | None = None  # a folder that ``shuffle`` writes, in place of Fashion-MNIST
     then: Callable[[], None] = lambda: None
 
@@ -139,7 +140,7 @@ class Stage(NamedTuple):
             run_grid(missing, self.folder, jobs=jobs, data=self.data)
         weights = last_weights(weights_path(next(iter(self.paths())), self.folder))
         if self.keep and weights.exists():
-            write_whole(RESULTS / self.keep, weights.read_bytes())
+            write_whole(self.keep, weights.read_bytes())
         self.then()
 
 
@@ -159,13 +160,13 @@ def _experiments() -> dict[str, list[Stage]]:
             Stage(folder, {"control": sets(range(3), RECIPES["modern"], without=control)}),
         ],
         "recipe": [
-            Stage(folder, modern, keep="recipe.safetensors", then=label_errors.main),
-            Stage(folder, {"teacher": parts.pop("teacher")}, keep="teachers/conv.safetensors"),
+            Stage(folder, modern, keep=SHIPPED / "recipe.safetensors", then=label_errors.main),
+            Stage(folder, {"teacher": parts.pop("teacher")}, keep=weights_of("conv")),
             Stage(folder, parts | orders.pop("as they are")),
             *(Stage(folder / ORDERS[o], part, data=PROJECT / "build" / ORDERS[o]) for o, part in orders.items()),
         ],
         # Students that are tried on the validation split are distilled from it: it has not seen that split either.
-        "trial teacher": [Stage(folder, held_out, keep="teachers/conv-validation.safetensors")],
+        "trial teacher": [Stage(folder, held_out, keep=weights_of("conv-validation"))],
     }
 
 

@@ -5,14 +5,17 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from multiprocessing import resource_tracker
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
 
 import torch
+
+from mixer.system.affinity import cores
 
 _position: int | None = None
 
@@ -22,20 +25,21 @@ def position() -> int | None:
     return _position
 
 
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextlib.contextmanager
 def worker_pool(jobs: int) -> Iterator[Executor]:
-    """A pool of processes that share the machine's cores evenly. Where this process stops, they are killed."""
+    """A pool of processes that share the machine's cores evenly. Where this process stops, they are killed.
+
+    Raises OSError where none can be started.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # a worker that runs a script without the guard: the OSError below says so, once
     context, before = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     positions = context.SimpleQueue()
     for position in range(jobs):
         positions.put(position)
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (positions, max(1, cores() // jobs)))
     try:
+        _start_workers(pool, jobs)
         yield pool
     except BaseException:
         for process in set(multiprocessing.active_children()) - set(before):
@@ -43,6 +47,30 @@ def worker_pool(jobs: int) -> Iterator[Executor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _start_workers(pool: Executor, jobs: int) -> None:
+    """Start them in a thread: Python raises KeyboardInterrupt in the main thread only, so Ctrl-C halves no start."""
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_block_ctrl_c).result()
+            futures = thread.submit(lambda: [pool.submit(int) for _ in range(jobs)]).result()
+        workers = multiprocessing.active_children()
+        next(as_completed(futures)).result()
+    except BrokenProcessPool:
+        pool.shutdown()
+        if all(worker.exitcode != 1 for worker in workers):
+            return  # one was killed: whoever uses the pool is told so
+        advice = 'in a script, call run_grid under `if __name__ == "__main__":`, or train with jobs=1'
+        raise OSError(f"The worker processes ended at once: {advice}.") from None
+    except (OSError, AssertionError, RuntimeError) as error:
+        raise OSError(f"Worker processes cannot be started ({error}): train with jobs=1.") from None
+
+
+def _block_ctrl_c() -> None:
+    """It reaches all processes of a terminal, but the first one decides. Those that this thread starts inherit this."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _begin_worker(positions: Any, threads: int) -> None:
@@ -56,17 +84,3 @@ def _begin_worker(positions: Any, threads: int) -> None:
 def _die_with_parent() -> None:
     wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
-
-
-@contextlib.contextmanager
-def ctrl_c_held_back() -> Iterator[None]:
-    """Ctrl-C reaches every process of the terminal, but only the first one decides: those started here inherit this."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # which would lift the mask, were it started later
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

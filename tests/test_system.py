@@ -1,9 +1,11 @@
-"""Locks; that files are whole is tested where they are written."""
+"""Locks and cores; that files are whole is tested where they are written."""
 
 import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -62,3 +64,11 @@ def test_goes_on_with_a_line_where_there_are_no_locks(tmp_path, monkeypatch, cap
     with locked(tmp_path / "run.lock", wait=False) as mine:
         assert mine
     assert "has no file locks" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_binding_of_openmp_leaves_all_cores():
+    code = "import mixer, os; print(mixer.system.affinity.cores(), len(os.sched_getaffinity(0)))"
+    bound = os.environ | {"OMP_PROC_BIND": "true"}
+    answer = subprocess.run([sys.executable, "-c", code], env=bound, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == [str(len(os.sched_getaffinity(0)))] * 2
