@@ -9,8 +9,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from mixer.config import Config
 from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, differences, trial
 from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
 from mixer.system.files import check_writable, expand, locked
-from mixer.system.processes import ctrl_c_held_back, position, worker_pool
+from mixer.system.processes import position, worker_pool
 from mixer.training import Interrupted, fingerprint_of, part_of, train
 
 log = logging.getLogger("mixer")
@@ -32,7 +31,10 @@ class GridError(RuntimeError):
 
     def __init__(self, failures: dict[Config, str]):
         self.failures = failures
-        reasons = "".join(f"\n  {config.name}: {reason}" for config, reason in failures.items())
+        names: dict[str, list[str]] = {}
+        for config, reason in failures.items():
+            names.setdefault(reason, []).append(config.name)
+        reasons = "".join(f"\n  {', '.join(some)}: {reason}" for reason, some in names.items())
         super().__init__(f"{len(failures)} of the grid's runs failed:{reasons}")
 
     def __reduce__(self) -> tuple[type, tuple]:
@@ -59,17 +61,19 @@ def run_grid(
     A record that is there already and was made in another way, of other data or by another teacher, is a failure.
 
     When a run fails, the others are trained all the same; then GridError names what failed. When a worker process is
-    killed, its runs are resumed once. Ctrl-C stops them all and raises Interrupted.
+    killed, its runs resume, unless another one is killed before any run is finished. Ctrl-C stops them all and raises
+    Interrupted. OSError says that nothing can be written, or that no process can be started.
     """
     results = expand(results)
     configs = list(dict.fromkeys(configs))
-    if any(not os.path.lexists(record_path(config, results)) for config in configs):
+    missing = sum(not os.path.lexists(record_path(config, results)) for config in configs)
+    if missing:
         check_writable(results / "checkpoints" / "lock")
     data = None if data is None else expand(data)
     how = {"device": device, "precision": precision, "data": data, "progress": progress}
-    run = functools.partial(run_one, results=results, codes=fingerprints(configs, data), **how)
     try:
-        return _run_all(configs, run, executor, jobs)
+        run = functools.partial(run_one, results=results, codes=fingerprints(configs, data), **how)
+        return _run_all(configs, run, executor, min(jobs, missing))
     except KeyboardInterrupt as stop:
         message = "Interrupted; the same grid resumes from here."
         raise Interrupted(message, getattr(stop, "history", [])) from None
@@ -77,20 +81,18 @@ def run_grid(
 
 def _run_all(configs: list[Config], run: functools.partial, executor: Executor | None, jobs: int) -> list[Record]:
     records: dict[Config, Record] = {}
-    # In turns: everything; what another grid was training just then; what a killed worker left behind.
-    todo, lost, trial = configs, [], 0
     failures: dict[Config, str] = {}
+    # In turns: everything; what another grid was training just then; what a killed worker left behind.
+    todo, turn, killed = configs, 0, False
     while todo:
-        busy, pool = [], worker_pool(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor)
-        with pool as workers:
-            for config, job in _started(todo, functools.partial(run, wait=trial > 0), workers):
+        busy, before = [], len(records)
+        pool = worker_pool(jobs) if executor is None and jobs > 1 else contextlib.nullcontext(executor)
+        with pool as workers, contextlib.suppress(BrokenExecutor):
+            for config, job in _started(todo, functools.partial(run, wait=turn > 0), workers):
                 try:
                     record = job()
-                except BrokenProcessPool:
-                    if trial > 1 or executor is not None:
-                        failures[config] = _BROKEN
-                    else:
-                        lost.append(config)
+                except BrokenExecutor:
+                    raise
                 except Exception as error:
                     failures[config] = f"{type(error).__name__}: {error}"
                     log.error("%s failed: %s", config.name, failures[config])
@@ -99,20 +101,18 @@ def _run_all(configs: list[Config], run: functools.partial, executor: Executor |
                         busy.append(config)
                     else:
                         records[config] = record
+        lost = [config for config in todo if config not in [*records, *failures, *busy]]
+        if lost and (executor is not None or (killed and len(records) == before)):
+            failures |= dict.fromkeys(lost, "a worker process was killed; run the grid again to resume")
+            lost = []
         if busy:
             log.info("Waiting for %d runs that another grid is training.", len(busy))
         if lost:
             log.warning("A worker process was killed; its runs resume.")
-        todo, lost, trial = busy + lost, [], trial + 1 + bool(lost)
+        todo, turn, killed = busy + lost, turn + 1, killed or bool(lost)
     if failures:
         raise GridError(failures)
     return [records[config] for config in configs]
-
-
-_BROKEN = (
-    "a worker process was killed or could not start. Run the grid again to resume; in a script, call run_grid under "
-    '`if __name__ == "__main__":`.'
-)
 
 
 def _started(todo: list[Config], run: functools.partial, executor: Executor | None) -> Iterator[tuple[Config, Any]]:
@@ -122,12 +122,8 @@ def _started(todo: list[Config], run: functools.partial, executor: Executor | No
         return
     jobs: dict[Future, Config] = {}
     try:
-        with ctrl_c_held_back():
-            for config in todo:
-                jobs[executor.submit(run, config)] = config
-    except (OSError, AssertionError, RuntimeError) as error:
-        raise OSError(f"Worker processes cannot be started ({error}): train one run at a time, with jobs=1.") from None
-    try:
+        for config in todo:
+            jobs[executor.submit(run, config)] = config
         yield from ((jobs[job], job.result) for job in as_completed(jobs))
     except (KeyboardInterrupt, GeneratorExit):
         for job in jobs:
