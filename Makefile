@@ -13,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CODE := $(wildcard mixer/*.py mixer/*/*.py mixer/*/*.cpp)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-RESULTS := $(wildcard results/*.safetensors results/*.json results/*/*.json results/*/*/*.json results/*/*.csv)
+RESULTS := $(wildcard mixer/weights/*.safetensors results/*.json results/*/*.json results/*/*/*.json results/*/*.csv)
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
 .NOTPARALLEL:  # every notebook has a table in README.md

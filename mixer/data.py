@@ -162,4 +162,4 @@ if __name__ == "__main__":
     try:
         print(f"Fashion-MNIST is in {prepare()}")
     except (DataError, KeyboardInterrupt) as error:
-        sys.exit(str(error) or "Stopped; `make data` starts again.")
+        sys.exit(str(error) or "Stopped; the same command starts again.")

@@ -12,13 +12,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
 
 from torchvision.datasets import FashionMNIST
 
-from mixer.system.files import PROJECT, expand, locked
+from mixer.system.files import IN_CHECKOUT, PROJECT, expand, locked
 
 SHA256 = {  # of the unpacked files, in the order of Data's tensors
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -37,9 +38,17 @@ class DataError(RuntimeError):
 
 
 def data_folder() -> Path:
-    """Return ``MIXER_DATA``, else ``data``, relative to the top of the project. Raises DataError."""
-    place = os.environ.get("MIXER_DATA") or "data"
+    """Return ``MIXER_DATA``, relative to PROJECT; else ``data`` in a checkout, else the user's. Raises DataError."""
+    place = os.environ.get("MIXER_DATA") or ("data" if IN_CHECKOUT else _users_folder())
     return absolute(place if place.startswith("~") else PROJECT / place)
+
+
+def _users_folder() -> str:
+    """Return the folder for this user's data, where the system usually has it."""
+    usual = {"win32": ("LOCALAPPDATA", "~/AppData/Local"), "darwin": ("", "~/Library/Application Support")}
+    variable, default = usual.get(sys.platform, ("XDG_DATA_HOME", "~/.local/share"))
+    base = os.environ.get(variable, "")
+    return f"{base if Path(base).is_absolute() else default}/mixer"
 
 
 def prepare() -> Path:
@@ -62,7 +71,7 @@ def _missing(raw: Path) -> list[str]:
     missing = [name for name in SHA256 if not any(os.path.lexists(raw / (name + end)) for end in ("", ".gz"))]
     for name, digest in SHA256.items():
         if name not in missing and sha256_of(content_of(raw / name)) != digest:
-            advice = "move it away, or set MIXER_DATA to another folder, then run `make data`"
+            advice = "move it away, or set MIXER_DATA to another folder, then run again"
             raise DataError(f"{raw / name} is another file than Fashion-MNIST's of that name: {advice}.")
     return missing
 
@@ -100,7 +109,7 @@ def _download(incoming: Path, raw: Path) -> Path:
         return incoming / DEBIAN_FOLDER.relative_to("/")
     reason += "; " + apt.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     advice = f"connect to the internet, or put its four files, as they are or as .gz, into {raw}"
-    raise DataError(f"Fashion-MNIST could not be downloaded ({reason}): {advice}, then run `make data`.")
+    raise DataError(f"Fashion-MNIST could not be downloaded ({reason}): {advice}, then run again.")
 
 
 def content_of(path: Path) -> bytes:

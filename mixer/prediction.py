@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
 from mixer.kernels.acceleration import choose
 from mixer.model import MlpMixer, count_patches
-from mixer.records import RESULTS
 from mixer.system.device import autocast, threads_after_fork
-from mixer.system.files import expand
+from mixer.system.files import SHIPPED, expand
 
 EVAL_BATCH = 1000  # images at a time, which keeps the eager model's hidden layer near 100 MB
-WEIGHTS = RESULTS / "best.safetensors"
+WEIGHTS = SHIPPED / "best.safetensors"
 _FASHION_MNIST = {"data": "Fashion-MNIST", "image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
 _WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
 

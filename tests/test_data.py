@@ -326,5 +326,5 @@ runpy.run_module("mixer.data", run_name="__main__")"""
         process = subprocess.Popen([sys.executable, "-c", code], cwd=download.PROJECT, stderr=-1, encoding="utf-8")
         assert asked.wait(60)
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=20)[1] == "Stopped; `make data` starts again.\n"
+        assert process.communicate(timeout=20)[1] == "Stopped; the same command starts again.\n"
     assert process.returncode == 1 and contents(raw) == {}

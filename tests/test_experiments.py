@@ -54,6 +54,6 @@ def test_trains_what_is_missing_and_keeps_the_last_weights(tmp_path, monkeypatch
         path.write_text("x")
     trained = []
     monkeypatch.setattr(experiments, "run_grid", lambda configs, folder, **how: trained.append((configs, folder)))
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
-    Stage(tmp_path, {"a": {"b": [there, missing]}}, keep="kept", then=lambda: trained.append("and then")).train()
-    assert trained == [([missing], tmp_path), "and then"] and (tmp_path / "results" / "kept").read_text() == "x"
+    kept = tmp_path / "results" / "kept"
+    Stage(tmp_path, {"a": {"b": [there, missing]}}, keep=kept, then=lambda: trained.append("and then")).train()
+    assert trained == [([missing], tmp_path), "and then"] and kept.read_text() == "x"

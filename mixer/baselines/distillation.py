@@ -25,9 +25,10 @@ from mixer.baselines.networks import ConvNet
 from mixer.config import Config
 from mixer.data import Data, normalise
 from mixer.download import data_folder
-from mixer.system.files import PROJECT, check_writable, locked, seal, unseal, write_whole
+from mixer.records import RESULTS
+from mixer.system.files import check_writable, locked, seal, unseal, write_whole
 
-WEIGHTS = PROJECT / "results" / "teachers"
+WEIGHTS = RESULTS / "teachers"
 
 
 def weights_of(name: str) -> Path:

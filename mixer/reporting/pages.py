@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from mixer.records import RESULTS
 from mixer.reporting import figures
-from mixer.system.files import PROJECT, write_whole
+from mixer.system.files import IN_CHECKOUT, PROJECT, write_whole
 
 Formats = Mapping[str, str]  # column -> how its values are written, like "{:.2f}"
 
@@ -74,7 +74,7 @@ class Pages:
 def pages_of(results: Path | str) -> Pages:
     """The project's pages for its own records; for those of another folder, pages inside that folder."""
     results = Path(results)
-    if results.resolve() == RESULTS.resolve():
+    if IN_CHECKOUT and results.resolve() == RESULTS.resolve():
         return Pages(True, figures.FIGURES, PROJECT / "report" / "generated", PROJECT / "README.md")
     return Pages(False, results / "figures", results / "generated", results / "tables.md")
 

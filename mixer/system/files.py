@@ -17,7 +17,10 @@ except ImportError:  # Windows
     fcntl = None
 
 log = getLogger("mixer")
-PROJECT = Path(__file__).parents[2]
+_PACKAGE = Path(__file__).parents[1]
+SHIPPED = _PACKAGE / "weights"  # of the coursework's best run, and of the recipe "modern"
+IN_CHECKOUT = (_PACKAGE.parent / "pyproject.toml").is_file() and (_PACKAGE.parent / "results").is_dir()
+PROJECT = _PACKAGE.parent if IN_CHECKOUT else Path()  # an installed package works in the working directory
 
 
 def expand(path: Path | str) -> Path:
