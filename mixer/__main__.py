@@ -18,8 +18,8 @@ from mixer.config import BATCH_SIZES, DROPOUTS, LRS, RECIPES, Config, grid
 from mixer.data import DataError
 from mixer.records import RESULTS, Record, RecordError, best_epoch, record_path
 from mixer.runner import GridError, run_grid
+from mixer.system.affinity import cores
 from mixer.system.device import find_device, find_precision
-from mixer.system.processes import cores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

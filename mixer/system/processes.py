@@ -15,17 +15,14 @@ from typing import Any
 
 import torch
 
+from mixer.system.affinity import cores
+
 _position: int | None = None
 
 
 def position() -> int | None:
     """In a worker: the line of its progress bar."""
     return _position
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
