@@ -217,7 +217,7 @@ def reply(request: BaseHTTPRequestHandler, body: bytes, status: int = 200, promi
 )
 def test_names_a_fault_of_the_mirror_and_leaves_nothing(raw, package, monkeypatch, capfd, answer, words):
     monkeypatch.setattr(download, "REPLY_TIMEOUT", 0.3)
-    sentence = f"could not be downloaded .*{words}.*; .*apt-get.*not found.*: connect to the internet, .*make data"
+    sentence = f"could not be downloaded .*{words}.*; .*apt-get.*not found.*: connect to the internet, .*run again"
     with mirror(answer), pytest.raises(DataError, match=sentence) as caught:
         download.prepare()
     assert contents(raw) == {} and "\n" not in str(caught.value)
