@@ -1,6 +1,8 @@
 """A run's config: one point of a grid, with a name of its own."""
 
 import dataclasses
+import difflib
+import functools
 import math
 import operator
 import re
@@ -19,40 +21,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     "coursework": {},
     # The coursework's model trained as one would today: 92.26 % (three seeds). recipe.ipynb says how it was chosen.
     "modern": {
-        "lr": 0.02,
-        "initialisation": "identity",
-        "whiten": True,
-        "optimiser": "muon",
-        "weight_decay": 0.05,
-        "schedule": "linear",
-        "flip": True,
-        "shift": 2,
-        "mixup_prob": 0.5,
-        "label_smoothing": 0.1,
-        "ema_decay": 0.998,
+        **{"lr": 0.02, "initialisation": "identity", "whiten": True},
+        **{"optimiser": "muon", "weight_decay": 0.05, "schedule": "linear", "ema_decay": 0.998},
+        **{"flip": True, "shift": 2, "mixup_prob": 0.5, "label_smoothing": 0.1},
     },
     # The coursework's 89.17 % as soon as possible: `python -m mixer.studies.speedrun`
     "speedrun": {
-        "lr": 0.06,
-        "batch_size": 1024,
-        "num_epochs": 4,
-        "whiten": True,
-        "optimiser": "muon",
-        "schedule": "linear",
-        "ema_decay": 0.9,
+        **{"lr": 0.06, "batch_size": 1024, "num_epochs": 4, "whiten": True},
+        **{"optimiser": "muon", "schedule": "linear", "ema_decay": 0.9},
     },
     # The teacher of "distilled" and "patient": 94.24 % (one seed). It was not tuned.
     "teacher": {
-        "network": "conv",
-        "lr": 0.003,
-        "num_epochs": 20,
-        "optimiser": "adamw",
-        "weight_decay": 0.01,
-        "schedule": "linear",
-        "flip": True,
-        "shift": 2,
-        "erase": 8,
-        "ema_decay": 0.998,
+        **{"network": "conv", "lr": 0.003, "num_epochs": 20},
+        **{"optimiser": "adamw", "weight_decay": 0.01, "schedule": "linear", "ema_decay": 0.998},
+        **{"flip": True, "shift": 2, "erase": 8},
     },
 }
 # "modern", distilled from results/teachers/conv.safetensors in place of the labels: 92.77 % (three seeds).
@@ -64,6 +46,14 @@ RECIPES["distilled"] = RECIPES["modern"] | {
 RECIPES["patient"] = RECIPES["distilled"] | {"shift": 1, "temperature": 1.0, "num_epochs": 120}
 
 
+def _field(group: str, default: Any, meaning: str) -> Any:
+    """A field of Config, with its meaning for ``help(Config)`` and ``--help``, where it stands in a group."""
+    return dataclasses.field(default=default, metadata={"group": group, "meaning": meaning})
+
+
+_grid, _model, _training, _data = (functools.partial(_field, name) for name in ("grid", "model", "training", "data"))
+
+
 @dataclass(frozen=True)
 class Config:
     """One point of the grid. Two equal configs are the same run. Raises ValueError for impossible values.
@@ -71,39 +61,38 @@ class Config:
     Every field defaults to the coursework's setting; any number that means the value will do (0, NumPy's).
     """
 
-    lr: float = 0.01
-    dropout_p: float = 0.0
-    batch_size: int = 256
-    num_epochs: int = 60
-    seed: int = 0
-    limit: int | None = None  # train on the first so many images only
-    num_blocks: int = 8
-    patch_size: tuple[int, int] = (4, 4)
-    num_channels: int = 16
-    patches_mlp_dim: int = 1024
-    channels_mlp_dim: int = 512
-    skip_connections: bool = True
-    gelu: Literal["exact", "tanh"] = "exact"  # tanh: the approximation, as in the paper's code
-    initialisation: Literal["flax", "pytorch", "identity"] = "flax"  # flax: as in the paper's code
-    whiten: bool = False  # initialise the stem so that its channels are uncorrelated
-    inputs: Literal["normalised", "scaled"] = "normalised"  # scaled: pixels divided by 255, no more
-    optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = "adam"
-    weight_decay: float = 0.0
-    schedule: Literal["constant", "linear"] = "constant"  # linear: warm-up in the first epoch, then down to 0
-    flip: bool = False  # mirror half of the training images, drawn anew in every epoch
-    shift: int = 0  # move each by up to so many pixels
-    erase: int = 0  # cut a square of so many pixels a side out of each
-    mixup_prob: float = 0.0  # probability that a batch is mixed with itself in reverse
-    label_smoothing: float = 0.0
-    network: Literal["mixer", "mlp", "conv"] = "mixer"  # the baselines mlp and conv have one size
-    teacher: str = ""  # the name of the network that the run is distilled from, in place of the labels
-    temperature: float = 1.0  # of both in distillation
-    ema_decay: float = 0.0  # decay of the exponential moving average of the weights, which is what is tested
-    validation: bool = False  # test on a twelfth of the training images, held out, in place of the test images
+    lr: float = _grid(0.01, "learning rate")
+    dropout_p: float = _grid(0.0, "probability of dropout")
+    batch_size: int = _grid(256, "images a step")
+    num_epochs: int = _training(60, "epochs")
+    seed: int = _grid(0, "decides initial weights, order of the images, dropout and augmentation")
+    limit: int | None = _data(None, "train on the first so many images only")
+    num_blocks: int = _model(8, "mixer blocks")
+    patch_size: tuple[int, int] = _model((4, 4), "height and width of a patch, in pixels")
+    num_channels: int = _model(16, "channels of a patch; other than 16 train several times slower on a CPU")
+    patches_mlp_dim: int = _model(1024, "hidden units of the token-mixing MLP")
+    channels_mlp_dim: int = _model(512, "hidden units of the channel-mixing MLP")
+    skip_connections: bool = _model(True, "add its input to each MLP's output")
+    gelu: Literal["exact", "tanh"] = _model("exact", "GELU; tanh: the approximation, as in the paper's code")
+    initialisation: Literal["flax", "pytorch", "identity"] = _model("flax", "flax: as in the paper's code")
+    whiten: bool = _model(False, "initialise the stem so that its channels are uncorrelated")
+    inputs: Literal["normalised", "scaled"] = _data("normalised", "scaled: pixels divided by 255, no more")
+    optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = _training("adam", "momentum: SGD, 0.9")
+    weight_decay: float = _training(0.0, "decay of the weights")
+    schedule: Literal["constant", "linear"] = _training("constant", "linear: warm-up in the first epoch, then to 0")
+    flip: bool = _training(False, "mirror half of the training images, drawn anew in every epoch")
+    shift: int = _training(0, "move each training image by up to so many pixels")
+    erase: int = _training(0, "cut a square of so many pixels a side out of each training image")
+    mixup_prob: float = _training(0.0, "probability that a batch is mixed with itself in reverse")
+    label_smoothing: float = _training(0.0, "share of the target that is spread over all classes")
+    network: Literal["mixer", "mlp", "conv"] = _model("mixer", "the baselines mlp and conv have one size each")
+    teacher: str = _training("", "name of the network that the run is distilled from, in place of the labels")
+    temperature: float = _training(1.0, "of the softmax of both networks in distillation")
+    ema_decay: float = _training(0.0, "decay of the exponential moving average of the weights, which is what is tested")
+    validation: bool = _data(False, "test on a twelfth of the training images, held out, in place of the test images")
 
     def __post_init__(self) -> None:
         self._keep("lr", _real, lambda lr: 0 < lr < math.inf, "a positive number like 0.01")
-        self._keep("dropout_p", _real, lambda p: 0 <= p < 1, "a number from 0.0 to below 1")
         for name in ("batch_size", "num_epochs", "num_blocks", "num_channels", "patches_mlp_dim", "channels_mlp_dim"):
             self._keep(name, _whole, lambda n: n > 0, "a whole number above 0")
         self._keep("seed", _whole, lambda seed: 0 <= seed < 2**32, "a whole number from 0 to 2**32 - 1")
@@ -112,7 +101,7 @@ class Config:
         self._keep("patch_size", _pair, lambda pair: min(pair) > 0, "one or two whole numbers above 0")
         for field in dataclasses.fields(self):
             if field.type is bool:
-                self._keep(field.name, _flag, lambda _: True, "True or False")
+                self._keep(field.name, lambda flag: bool((False, True).index(flag)), lambda _: True, "True or False")
             elif words := get_args(field.type) if isinstance(field.default, str) else ():
                 self._keep(field.name, str, words.__contains__, f"one of {', '.join(words)}")
         self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
@@ -121,7 +110,7 @@ class Config:
         for name in ("shift", "erase"):
             self._keep(name, _whole, lambda pixels: pixels >= 0, "0 or a whole number of pixels")
         self._keep("mixup_prob", _real, lambda p: 0 <= p <= 1, "a number from 0.0 to 1.0")
-        for name in ("label_smoothing", "ema_decay"):
+        for name in ("dropout_p", "label_smoothing", "ema_decay"):
             self._keep(name, _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
         if self.temperature != 1 and not self.teacher:
             raise ValueError("temperature applies with a teacher only; name one, or remove it")
@@ -150,18 +139,18 @@ class Config:
     @property
     def name(self) -> str:
         """A readable name, one per config: what differs from the coursework's setting is added to its end."""
-        parts = [f"lr{_digits(self.lr)}", f"dropout{_digits(self.dropout_p)}"]
-        parts += [f"batch{self.batch_size}", f"seed{self.seed}"]
+        parts = []
         for field, label in _LABELS.items():
             value = getattr(self, field)
-            if value != _DEFAULTS[field]:
-                shown = _digits(value) if isinstance(value, float) else value
-                parts.append(label.format("x".join(map(str, value)) if isinstance(value, tuple) else shown))
+            if field in _LISTS or value != _DEFAULTS[field]:
+                shown = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                parts.append(label.format(shown.removesuffix(".0")))
         return "_".join(parts)
 
 
-# How a field that differs from its default is written in a name; file names depend on it.
+# How a field is written in a name: the first four always, others where they are no default. File names depend on it.
 _LABELS = {
+    **{"lr": "lr{}", "dropout_p": "dropout{}", "batch_size": "batch{}", "seed": "seed{}"},
     **{"num_epochs": "epochs{}", "limit": "limit{}", "num_blocks": "blocks{}", "patch_size": "patch{}"},
     **{"num_channels": "channels{}", "patches_mlp_dim": "tokenmlp{}", "channels_mlp_dim": "channelmlp{}"},
     **{"skip_connections": "noskip", "gelu": "{}gelu", "initialisation": "{}init", "whiten": "whiten"},
@@ -171,18 +160,48 @@ _LABELS = {
     **{"validation": "validation"},
 }
 _OLD_NAMES = {"mixup": "mixup_prob", "average": "ema_decay"}
-_MIXER_ONLY = (
-    *("num_blocks", "patch_size", "num_channels", "patches_mlp_dim", "channels_mlp_dim"),
-    *("skip_connections", "gelu", "initialisation", "whiten"),
-)
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
+_ALIASES = _OLD_NAMES | {"learning_rate": "lr", "depth": "num_blocks", "ema": "ema_decay"}
+_FIELDS = dataclasses.fields(Config)
+_MIXER_ONLY = [field.name for field in _FIELDS if field.metadata["group"] == "model" and field.name != "network"]
+_DEFAULTS = {field.name: field.default for field in _FIELDS}
 _LISTS = {"lr": "lrs", "dropout_p": "dropouts", "batch_size": "batch_sizes", "seed": "seeds"}
+Config.__doc__ = "\n    ".join([f"{Config.__doc__}", *(f"{f.name}: {f.metadata['meaning']}" for f in _FIELDS)])
+
+
+def check_names(of: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises TypeError for a name that is not known, with the known one that may have been meant."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(_ALIASES.get(name.strip("-").replace("-", "_"), name), known, 1)
+            raise TypeError(f"{of} takes no {name}{f'; did you mean {close[0]}?' if close else ''}")
+
+
+def _naming(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def checked(self: Config, *values: Any, **fields: Any) -> None:
+        check_names("Config", fields, _DEFAULTS)
+        init(self, *values, **fields)
+
+    return checked
+
+
+Config.__init__ = _naming(Config.__init__)
+
+
+def unique(configs: Any) -> list[Config]:
+    """The configs of a list, or one config, each once and in their order. Raises TypeError for anything else."""
+    configs = list(configs) if isinstance(configs, Iterable) and not isinstance(configs, dict | str) else [configs]
+    for config in configs:
+        if not isinstance(config, Config):
+            right = "a Config: Config(**config)" if isinstance(config, dict) else "a Config"
+            raise TypeError(f"config is a {type(config).__name__}, but it has to be {right}")
+    return list(dict.fromkeys(configs))
 
 
 def grid(
-    lrs: Iterable[float] | None = None,
-    dropouts: Iterable[float] | None = None,
-    batch_sizes: Iterable[int] | None = None,
+    lrs: Iterable[float] | float | None = None,
+    dropouts: Iterable[float] | float | None = None,
+    batch_sizes: Iterable[int] | int | None = None,
     seeds: Iterable[int] = (0,),
     recipe: str | None = None,
     **others: Any,
@@ -190,23 +209,23 @@ def grid(
     """The configs of a parameter grid; without arguments the coursework's eight.
 
     ``recipe``: one of ``RECIPES``, whose values stand where none are given here.
-    ``others``: any other fields of ``Config``, each with one value or with a list of values:
-    ``grid(seeds=range(3), num_epochs=10, num_blocks=[1, 2, 4])``. Raises ValueError, TypeError.
+    ``others``: any other fields of ``Config``. All but ``seeds``, a list, take one value or a list of values:
+    ``grid(lrs=0.01, seeds=range(3), num_blocks=[1, 2, 4])``. Raises ValueError, TypeError.
     """
-    for name in _LISTS.keys() & others.keys():
-        raise TypeError(f"a grid takes {_LISTS[name]}, a list of values, in place of {name}")
+    check_names("grid", others, [*_LISTS.values(), "recipe", *(_DEFAULTS.keys() - _LISTS.keys())])
+    if isinstance(seeds, Real):
+        raise ValueError(f"seeds is {seeds!r}, but it has to be a list of seeds: range({seeds!r}), or [{seeds!r}]")
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe is {recipe!r}, but it has to be one of {', '.join(RECIPES)}")
-    base = Config(**RECIPES[recipe]) if recipe else None
-    lrs = lrs if lrs is not None else [base.lr] if base else LRS
-    dropouts = dropouts if dropouts is not None else [base.dropout_p] if base else DROPOUTS
-    batch_sizes = batch_sizes if batch_sizes is not None else [base.batch_size] if base else BATCH_SIZES
-    others = {name: value for name, value in RECIPES.get(recipe, {}).items() if name not in _LISTS} | others
-    lists = [values if isinstance(values, list | range) else [values] for values in others.values()]
-    return [
-        Config(lr=lr, dropout_p=dropout_p, batch_size=batch_size, seed=seed, **dict(zip(others, rest, strict=True)))
-        for seed, lr, dropout_p, batch_size, *rest in product(seeds, lrs, dropouts, batch_sizes, *lists)
-    ]
+    lists = {"seed": seeds, "lr": LRS, "dropout_p": DROPOUTS, "batch_size": BATCH_SIZES}
+    if recipe is not None:
+        lists = {"seed": seeds} | {name: _DEFAULTS[name] for name in _LISTS if name != "seed"} | RECIPES[recipe]
+    given = {"lr": lrs, "dropout_p": dropouts, "batch_size": batch_sizes}
+    lists |= {name: values for name, values in given.items() if values is not None} | others
+    for name, values in lists.items():
+        if isinstance(values, str) or not isinstance(values, Iterable) or (name, type(values)) == ("patch_size", tuple):
+            lists[name] = [values]
+    return [Config(**dict(zip(lists, values, strict=True))) for values in product(*lists.values())]
 
 
 def _real(value: Any) -> float:
@@ -216,9 +235,7 @@ def _real(value: Any) -> float:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    if isinstance(value, Integral):
+    if isinstance(value, Integral) and not isinstance(value, bool):
         return operator.index(value)
     if int(_real(value)) != value:
         raise ValueError
@@ -228,14 +245,3 @@ def _whole(value: Any) -> int:
 def _pair(value: Any) -> tuple[int, int]:
     height, width = (value, value) if isinstance(value, Real) else value
     return _whole(height), _whole(width)
-
-
-def _flag(value: Any) -> bool:
-    if value not in (True, False):
-        raise TypeError
-    return bool(value)
-
-
-def _digits(value: float) -> str:
-    """The fewest digits that stand for this number and no other."""
-    return repr(value).removesuffix(".0")
