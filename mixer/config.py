@@ -188,7 +188,7 @@ def _naming(init: Callable[..., None]) -> Callable[..., None]:
 Config.__init__ = _naming(Config.__init__)
 
 
-def unique(configs: Any) -> list[Config]:
+def check_configs(configs: Any) -> list[Config]:
     """The configs of a list, or one config, each once and in their order. Raises TypeError for anything else."""
     configs = list(configs) if isinstance(configs, Iterable) and not isinstance(configs, dict | str) else [configs]
     for config in configs:

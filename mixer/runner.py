@@ -16,7 +16,7 @@ from typing import Any
 from mixer import data as fashion_mnist
 from mixer.baselines.distillation import weights_of as teacher_weights
 from mixer.checkpoint import last_weights
-from mixer.config import Config
+from mixer.config import Config, check_configs
 from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, differences, trial
 from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
 from mixer.system.files import check_writable, expand, locked
@@ -65,7 +65,7 @@ def run_grid(
     Interrupted. OSError says that nothing can be written, or that no process can be started.
     """
     results = expand(results)
-    configs = list(dict.fromkeys(configs))
+    configs = check_configs(configs)
     missing = sum(not os.path.lexists(record_path(config, results)) for config in configs)
     if missing:
         check_writable(results / "checkpoints" / "lock")

@@ -30,7 +30,7 @@ from mixer.augment import Batch, augmented
 from mixer.baselines.distillation import Distillation, soft_target_loss
 from mixer.baselines.networks import build_network
 from mixer.checkpoint import last_weights, load, save, save_weights
-from mixer.config import Config
+from mixer.config import Config, check_configs
 from mixer.data import Data, normalise, validation_split
 from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, trial, try_out
 from mixer.kernels import fused
@@ -77,8 +77,9 @@ def train(
 
     A loss that is not finite ends the run: ``diverged`` in the record then says at which step of which epoch, and
     the history holds the epochs before. Ctrl-C raises Interrupted, which has the history. Before anything is trained,
-    DataError, ValueError or OSError say what is wrong with the arguments.
+    DataError, TypeError, ValueError or OSError say what is wrong with the arguments.
     """
+    check_configs([config])
     threads_after_fork()
     if torch.get_default_dtype() != torch.float32:
         raise ValueError("PyTorch's default dtype was changed: torch.set_default_dtype(torch.float32) before training")
