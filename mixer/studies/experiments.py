@@ -19,7 +19,7 @@ from mixer.baselines.distillation import weights_of
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
 from mixer.data import DataError, prepare
-from mixer.records import RESULTS, record_path, weights_path
+from mixer.records import RESULTS, best, coursework, read_records, record_path, weights_path
 from mixer.runner import GridError, run_grid
 from mixer.studies import gradients, label_errors, shuffle
 from mixer.system.affinity import cores
@@ -144,6 +144,13 @@ class Stage(NamedTuple):
         self.then()
 
 
+def keep_best() -> None:
+    """Ship the weights of the grid's best run with seed 0, where this machine has trained it."""
+    weights = weights_path(Config(**best(coursework(read_records()))["config"]))
+    if weights.exists():
+        write_whole(SHIPPED / "best.safetensors", weights.read_bytes())
+
+
 def _experiments() -> dict[str, list[Stage]]:
     folder, parts = RESULTS / "recipe", recipe()
     eight = {"lr": RATES, "dropout_p": [0.0, 0.1], "batch_size": [256, 512]}
@@ -153,7 +160,7 @@ def _experiments() -> dict[str, list[Stage]]:
     modern = {"modern": {"modern": parts["recipes"].pop("modern")}}  # of what is left, some need the teacher
     orders = {o: {f"round {n}": part for n, (part, names) in enumerate(shuffles(), 1) if o in names} for o in ORDERS}
     return {
-        "grid": [Stage(RESULTS, grid)],
+        "grid": [Stage(RESULTS, grid, then=keep_best)],
         "questions": [Stage(RESULTS / "questions", questions(), then=gradients.main)],
         "second round": [
             Stage(RESULTS / "questions", second_round()),
