@@ -1,0 +1,247 @@
+"""What a run leaves on the disk: a checkpoint, from which it resumes bit for bit, and the weights of its best epoch."""
+
+import io
+import json
+import multiprocessing
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import first_images
+from safetensors.torch import load_file
+from test_training import SHORT, TINY, nesterov, network, run, timeless
+from torch import nn
+
+from mixer import data as fashion_mnist
+from mixer.checkpoint import last_weights
+from mixer.config import Config
+from mixer.kernels import fused
+from mixer.prediction import load_with_origin, predict
+from mixer.records import best_epoch
+from mixer.training import Interrupted, Run
+
+ROOT, CPU = Path(__file__).parent.parent, torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(few) -> dict:
+    return run(few)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[int]:
+    """The numbers of the epochs that are trained from now on."""
+    epochs, train_epoch = [], Run.train_epoch
+
+    def counted(self, on_step):
+        epochs.extend([] if self.eager else [self.epoch + 1])  # not those of a fingerprint
+        train_epoch(self, on_step)
+
+    monkeypatch.setattr(Run, "train_epoch", counted)
+    return epochs
+
+
+@pytest.fixture
+def checkpoint(few, tmp_path) -> Path:
+    """Of two of SHORT's three epochs."""
+    with pytest.raises(Interrupted, match=r"^Interrupted after 2 of 3 epochs; .*has them\.$") as interrupted:
+        run(few, checkpoint=str(tmp_path / "run.pt"), on_epoch=stop_after(2))
+    handed_on = pickle.loads(pickle.dumps(interrupted.value))  # by a process
+    assert str(handed_on) == str(interrupted.value) and [epoch["epoch"] for epoch in handed_on.history] == [1, 2]
+    return tmp_path / "run.pt"
+
+
+def stop_after(last: int):
+    def stop(epoch, model):
+        if epoch["epoch"] == last:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+# Resuming
+
+
+def test_resumes_after_kills_at_random_moments_with_the_same_record(tmp_path, uninterrupted):
+    """Real processes, real SIGKILLs, until one of them gets to the end."""
+    context, moments = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["mixer.training"])
+    outcome, kills, patience = tmp_path / "record.json", 0, 0.1
+    while not outcome.exists():
+        process = context.Process(target=train_in_a_process, args=(tmp_path,))
+        process.start()
+        process.join(patience * moments.uniform(0.5, 2))
+        kills += process.exitcode is None
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -9)
+        patience *= 1.1  # so that the test ends on a slow machine too
+    assert kills >= 5 and timeless(json.loads(outcome.read_text()))["history"] == timeless(uninterrupted)["history"]
+
+
+def train_in_a_process(folder: Path) -> None:
+    record = run(first_images(fashion_mnist.load()), checkpoint=folder / "run.pt")
+    (folder / "incoming").write_text(json.dumps(record))
+    (folder / "incoming").rename(folder / "record.json")
+
+
+@pytest.mark.parametrize("shell", [[], ["-m", "IPython", "--colors=NoColor"]], ids=["script", "IPython"])
+def test_ctrl_c_leaves_a_checkpoint_and_says_so_in_the_last_line(tmp_path, shell):
+    code = f"""from mixer import Config, train
+train(Config(num_epochs=500, num_blocks=1, limit=256), progress=False, checkpoint={str(tmp_path / "run.pt")!r})"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, *shell, "-c", code], cwd=ROOT, **pipes)
+    while process.poll() is None and not (tmp_path / "run.pt").exists():
+        threading.Event().wait(0.1)
+    process.send_signal(signal.SIGINT)
+    lines = process.communicate(timeout=30)[0].strip().splitlines()
+    assert "Interrupted after " in lines[-1] and (tmp_path / "run.pt").exists()
+    assert len(lines) == 1 or not shell, "a notebook has no use for a traceback"
+
+
+def test_resumes_where_it_was_cut_off_and_says_so(few, checkpoint, uninterrupted, caplog, trained, monkeypatch):
+    here = Run._environment
+    monkeypatch.setattr(Run, "_environment", lambda run: here(run) | {"system": "another machine"})
+    record = run(few, checkpoint=checkpoint)
+    assert trained == [3] and not caplog.records
+    assert timeless(record)["history"] == timeless(uninterrupted)["history"]
+    assert record["environment"].pop("earlier") == [{"epochs": 2} | uninterrupted["environment"]]
+    assert record["environment"] == uninterrupted["environment"] | {"system": "another machine"}
+
+
+@pytest.mark.parametrize("dropout", [nn.Identity(), nn.Dropout(0.5)], ids=str)
+def test_resumes_a_model_of_ones_own_but_no_other_one(few, tmp_path, trained, caplog, dropout):
+    options = {"optimiser": nesterov, "checkpoint": tmp_path / "run.pt"}
+    torch.manual_seed(0)
+    whole = run(few, model=network(dropout), optimiser=nesterov)
+    torch.manual_seed(0)
+    with pytest.raises(Interrupted):
+        run(few, model=network(dropout), on_epoch=stop_after(2), **options)
+    trained.clear()
+    resumed = run(few, model=network(dropout), **options)  # with other initial weights
+    assert timeless(resumed) == timeless(whole) and trained == [3] and not caplog.records
+    for other in ({"model": network(nn.Tanh())}, {"optimiser": torch.optim.Adam}):
+        run(few, **{"model": network(dropout)} | options | other)
+        assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts afresh.")
+
+
+# What cannot be used or written
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+def foreign(content: bytes) -> bytes:
+    torch.save({"model": torch.zeros(3)}, file := io.BytesIO())
+    return file.getvalue()
+
+
+DAMAGE = {
+    **{"half": lambda content: content[: len(content) // 2], "empty": lambda content: b"", "foreign": foreign},
+    "bit at the start": lambda content: flipped(content, 0),
+    "bit in the middle": lambda content: flipped(content, len(content) // 2),
+    "bit of the checksum": lambda content: flipped(content, len(content) - 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_checkpoint_starts_the_run_afresh(few, checkpoint, uninterrupted, caplog, damage, trained):
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    assert timeless(run(few, checkpoint=checkpoint)) == timeless(uninterrupted) and trained == [1, 2, 3]
+    [message] = [record.getMessage() for record in caplog.records]
+    assert str(checkpoint) in message and message.endswith("damaged or something else: the run starts afresh.")
+
+
+def test_checkpoint_of_another_run_starts_this_one_afresh(few, checkpoint, caplog, trained):
+    other = replace(SHORT, lr=0.02)
+    record = run(few, other, checkpoint=checkpoint)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert trained == [1, 2, 3] and "since other code, data, settings" in message and "\n" not in message
+    assert timeless(record)["history"] == timeless(run(few, other))["history"]
+
+
+def test_checkpoint_is_of_data_precision_and_an_eager_models_threads(few, monkeypatch):
+    mirrored, eager = replace(few, train_images=few.train_images.flip(2)), replace(TINY, num_channels=8)
+    made = [(SHORT, CPU, "float32", few), (SHORT, CPU, "float32", mirrored), (SHORT, CPU, "bfloat16", few)]
+    made.append((eager, CPU, "float32", few))
+    keys = {Run(*each).key for each in made}
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    eager_ones = [not fused.available(), not fused.available(), not fused.available(bfloat16=True), True]
+    assert len(keys | {Run(*each).key for each in made}) == 4 + sum(eager_ones)
+
+
+def test_full_disk_is_one_sentence_and_costs_no_finished_epoch(few, checkpoint, uninterrupted, trained):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"run\.pt cannot be written .*make room and run again"):
+            run(few, checkpoint=checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert timeless(run(few, checkpoint=checkpoint)) == timeless(uninterrupted) and trained == [3, 3]
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["run.pt"]
+
+
+# Weights
+
+
+def test_weights_are_those_of_the_best_epoch_and_the_same_bytes_every_time(few, tmp_path):
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    record, ended = run(few, replace(SHORT, lr=0.1), weights=str(one), return_model=True)
+    run(few, replace(SHORT, lr=0.1), weights=other)
+    assert one.read_bytes() == other.read_bytes() and last_weights(one).read_bytes() == last_weights(other).read_bytes()
+    for path, epoch in ((one, best_epoch(record)), (last_weights(one), record["history"][-1])):
+        model, origin = load_with_origin(path)
+        logits = torch.cat(list(predict(model, few.test_images, record["environment"]["precision"])))
+        assert float((logits.argmax(dim=1) == few.test_labels).double().mean()) == epoch["test_accuracy"]
+        assert (origin["name"], origin["epoch"]) == (replace(SHORT, lr=0.1).name, epoch["epoch"])
+    assert torch.equal(model.head.weight, ended.head.weight)
+
+
+def test_diverged_run_leaves_no_weights_of_its_last_step_and_none_of_another_training(few, tmp_path):
+    weights, wild = tmp_path / "run.safetensors", replace(SHORT, lr=10.0, optimiser="sgd")
+    run(few, weights=weights)
+    record = run(few, wild, weights=weights)
+    assert record["diverged"] and record["history"] and not last_weights(weights).exists()
+    assert all(weight.isfinite().all() for weight in load_file(weights).values())
+    run(few, weights=weights)
+    assert not run(few, replace(wild, lr=1e30), weights=weights)["history"]
+    assert not weights.exists() and not last_weights(weights).exists()
+
+
+def test_weights_that_cannot_be_written_after_all_cost_neither_record_nor_training(few, tmp_path, caplog, trained):
+    weights, checkpoint = tmp_path / "best.safetensors", tmp_path / "run.pt"
+    record = run(few, weights=weights, on_epoch=lambda *_: weights.mkdir(exist_ok=True))
+    assert "safetensors cannot be written" in caplog.text and "The record is returned all the same" in caplog.text
+    weights.rmdir()
+    with pytest.raises(OSError, match="safetensors cannot be written"):
+        run(few, weights=weights, checkpoint=checkpoint, on_epoch=lambda *_: weights.mkdir(exist_ok=True))
+    weights.rmdir()
+    assert timeless(run(few, weights=weights, checkpoint=checkpoint)) == timeless(record)
+    assert trained == 2 * [1, 2, 3] and weights.is_file()
+
+
+def test_weights_of_tied_layers_are_written(few, tmp_path):
+    layer = nn.Linear(784, 784)
+    run(few, TINY, model=nn.Sequential(nn.Flatten(), layer, layer), weights=tmp_path / "tied.safetensors")
+    assert torch.equal(load_file(tmp_path / "tied.last.safetensors")["2.weight"], layer.weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("network", ["mixer", "mlp", "conv"])
+def test_resumes_on_cuda(few, tmp_path, trained, network):
+    config = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, network=network)
+    options = {"device": "cuda", "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(Interrupted):
+        run(few, config, on_epoch=stop_after(2), **options)
+    resumed = run(few, config, **options)
+    assert trained == [1, 2, 3] and timeless(resumed) == timeless(run(few, config, device="cuda"))

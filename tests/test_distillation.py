@@ -1,0 +1,122 @@
+"""A teacher is a run like any other, and its student is given soft targets for the very images that it sees."""
+
+import sys
+
+import pytest
+import torch
+from conftest import first_images
+from safetensors.torch import load, save
+
+from mixer.augment import augmented, view
+from mixer.baselines import distillation
+from mixer.baselines.distillation import Distillation, soft_target_loss
+from mixer.baselines.networks import ConvNet
+from mixer.checkpoint import last_weights
+from mixer.config import Config
+from mixer.data import normalise
+from mixer.training import Run, part_of, train
+
+CPU = torch.device("cpu")
+SHORT = {"batch_size": 50, "num_epochs": 2}
+SMALL = SHORT | {"num_blocks": 1, "patches_mlp_dim": 64, "channels_mlp_dim": 32}
+OPTIONS = {"device": "cpu", "precision": "float32", "progress": False}
+
+
+@pytest.fixture(scope="module")
+def hundred(data):
+    return first_images(data, 100, 50)
+
+
+@pytest.fixture(scope="module")
+def trained(hundred, tmp_path_factory) -> tuple[dict, bytes]:
+    """Record and weights of a teacher that is hardly trained."""
+    weights = tmp_path_factory.mktemp("teacher") / "run.safetensors"
+    config = Config(network="conv", lr=0.003, optimiser="adamw", flip=True, **SHORT)
+    return train(config, data=hundred, weights=weights, **OPTIONS), last_weights(weights).read_bytes()
+
+
+@pytest.fixture
+def taught(trained, tmp_path, monkeypatch) -> bytes:
+    """The weights of "little", in the folder of the teachers."""
+    monkeypatch.setattr(distillation, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(distillation, "data_folder", lambda: tmp_path)
+    (tmp_path / "little.safetensors").write_bytes(trained[1])
+    return trained[1]
+
+
+def taught_by_little(data, **settings) -> Distillation:
+    return Distillation(Config(teacher="little", **settings), data, CPU, "float32")
+
+
+def test_teacher_is_a_run_like_any_other(trained):
+    record, _ = trained
+    assert record["environment"]["path"] == "eager" and len(record["history"]) == 2
+    assert record["history"][1]["train_loss"] < record["history"][0]["train_loss"]
+
+
+def test_loss_is_the_divergence_at_the_temperature():
+    student, teacher = torch.randn(2, 4, 10, dtype=torch.float64)
+    p, q = (teacher / 3).softmax(1), (student / 3).softmax(1)
+    torch.testing.assert_close(soft_target_loss(student, teacher, 3.0), 9 * (p * (p / q).log()).sum(1).mean())
+
+
+@pytest.mark.parametrize("mixup", [0.0, 1.0])
+def test_targets_are_the_teachers_answer_to_what_the_student_sees(hundred, taught, mixup):
+    config = Config(teacher="little", mixup_prob=mixup, flip=True, shift=1, temperature=2.0)
+    loss = Distillation(config, hundred, CPU, "float32")
+    assert loss.logits.shape == (18, 100, 10)
+    batch = augmented(torch.arange(30, 80), hundred, config, torch.Generator().manual_seed(0))
+    views = torch.stack([view(hundred.train_images[30:80], torch.full((50,), number), 1) for number in range(18)])
+    views = normalise(views.flatten(0, 1), hundred.pixel_mean, hundred.pixel_std)
+    assert [not (views == one).flatten(1).all(1).any() for one in batch.inputs] == [bool(mixup)] * 50
+    model = ConvNet()
+    model.load_state_dict(load(taught))
+    answers = model.eval()(batch.inputs)
+    torch.testing.assert_close(loss.targets(batch), answers, atol=2e-3, rtol=2e-3)
+    logits = torch.randn(50, 10)
+    torch.testing.assert_close(loss(logits, batch), soft_target_loss(logits, answers, 2.0), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path, mixup):
+    config = Config(teacher="little", temperature=2.0, flip=True, shift=1, mixup_prob=mixup, **SMALL)
+
+    def stop(epoch, model):
+        if epoch["epoch"] == 1:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(config, data=hundred, checkpoint=tmp_path / "run.pt", on_epoch=stop, **OPTIONS)
+    resumed, whole = (train(config, data=hundred, checkpoint=c, **OPTIONS) for c in (tmp_path / "run.pt", None))
+    for epoch in whole["history"] + resumed["history"]:
+        del epoch["seconds"]
+    assert whole == resumed
+    assert whole["environment"]["teacher_sha256"] == taught_by_little(hundred, flip=True, shift=1).sha256
+
+
+def test_keeps_the_teachers_logits_unless_they_are_damaged(hundred, taught, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)  # as under pythonw
+        first = taught_by_little(hundred)
+    [kept] = (tmp_path / "teachers").glob("*.bin")
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "_logits", None)
+        assert taught_by_little(hundred).sha256 == first.sha256
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert torch.equal(taught_by_little(hundred).logits, first.logits)
+
+
+def test_rejects_a_teacher_that_is_not_there_or_none(hundred, taught, tmp_path):
+    with pytest.raises(ValueError, match=r"there is no teacher .*nobody\.safetensors"):
+        Run(Config(teacher="nobody", **SMALL), CPU, "float32", hundred)
+    nameless, for_nine = ({k: w.contiguous() for k, w in ConvNet(n).state_dict().items()} for n in (10, 9))
+    for content in (b"else", save(nameless), save(for_nine, {"mixer": "{}"})):
+        (tmp_path / "little.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="does not hold a teacher of 10 classes"):
+            taught_by_little(hundred)
+
+
+@pytest.mark.parametrize("other", [{"validation": True}, {"inputs": "scaled"}, {"limit": 90}], ids=str)
+def test_rejects_a_teacher_that_saw_other_images_than_its_student(hundred, taught, other):
+    with pytest.raises(ValueError, match="trained on other images than its student"):
+        taught_by_little(part_of(hundred, Config(**other)))

@@ -1,0 +1,353 @@
+"""Training: the same record every time, whatever is around it, also with a model and an optimiser of one's own."""
+
+import copy
+import json
+import multiprocessing
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+
+import pytest
+import threadpoolctl
+import torch
+from conftest import first_images
+from torch import nn
+
+from mixer.config import Config
+from mixer.data import Data
+from mixer.kernels import fused
+from mixer.prediction import predict
+from mixer.records import read_record, write_record
+from mixer.system.device import find_device, find_precision
+from mixer.training import Run, part_of, train
+
+CPU = torch.device("cpu")
+SMALL = {"num_blocks": 2, "patches_mlp_dim": 256, "channels_mlp_dim": 128}
+SHORT = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, **SMALL)
+TINY = replace(SHORT, num_epochs=2, num_blocks=1, patches_mlp_dim=64, channels_mlp_dim=32, limit=100)  # eager is slow
+needs_operator = pytest.mark.skipif(not fused.available(), reason="no operator here")
+
+
+def timeless(record: dict) -> dict:
+    """A record without the seconds, which differ between two runs of the same config."""
+    record = copy.deepcopy(record)
+    for epoch in record["history"]:
+        del epoch["seconds"]
+    return record
+
+
+def run(few, config=SHORT, **options) -> dict:
+    return train(config, **{"data": few, "device": "cpu", "progress": False} | options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(few) -> dict:
+    return run(few)
+
+
+@pytest.fixture
+def _keep_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+# The record
+
+
+def test_learns_real_images(data):
+    config = replace(SHORT, lr=0.005, batch_size=25, num_epochs=2)
+    first, second = run(first_images(data, 1500, 1000), config)["history"]
+    assert second["test_accuracy"] > 0.6 and second["train_loss"] < first["train_loss"]
+
+
+def test_record_says_what_was_run_and_where(few, uninterrupted):
+    assert not uninterrupted.keys() & {"model", "optimiser"}
+    assert Config(**uninterrupted["config"]) == SHORT and uninterrupted["diverged"] is None
+    assert [epoch["epoch"] for epoch in uninterrupted["history"]] == [1, 2, 3]
+    assert all(0 < epoch["test_accuracy"] < 1 and epoch["seconds"] > 0 for epoch in uninterrupted["history"])
+    environment = uninterrupted["environment"]
+    assert environment["torch"] == torch.__version__ and environment["precision"] == find_precision(CPU)
+    assert environment["path"] == ("fused" if fused.available() else "eager")
+    assert environment["data"] == few.name and environment["data_sha256"] == few.sha256
+    json.dumps(uninterrupted, allow_nan=False)
+
+
+def test_limit_validation_and_inputs_say_what_is_trained_on(few):
+    record = run(few, config := replace(SHORT, num_epochs=1, limit=64, inputs="scaled"))
+    scaled = replace(few.first(64), pixel_mean=0.0, pixel_std=1.0)
+    assert timeless(record)["history"] == timeless(run(scaled, replace(SHORT, num_epochs=1)))["history"]
+    environment = record["environment"]
+    assert (environment["pixel_mean"], environment["data_sha256"]) == (0.0, few.first(64).sha256)
+    held_out = part_of(few, replace(config, validation=True))
+    assert len(held_out.train_images) == 64 and len(held_out.test_images) == pytest.approx(300 / 12, abs=5)
+
+
+def test_trains_on_a_data_set_of_ones_own_and_names_it():
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (90, 8, 8), generator=draw, dtype=torch.uint8)
+    labels = torch.arange(90) % 3
+    own = Data(images[:60], labels[:60], images[60:], labels[60:], name="letters")
+    record, model = run(own, Config(batch_size=16, num_epochs=1, patch_size=2), return_model=True)
+    assert record["environment"]["data"] == "letters" and model.num_classes == 3 and model.num_patches == 16
+
+
+def test_diverged_run_names_epoch_and_step(few):
+    record = run(few, replace(SHORT, lr=1e30))
+    assert record["diverged"]["epoch"] == 1 and record["history"] == []
+    json.dumps(record, allow_nan=False)
+    spoilt = Run(SHORT, CPU, "float32", few)
+    loss, calls = spoilt.loss, []
+    spoilt.loss = lambda *given: loss(*given) * (torch.nan if calls.append(0) or len(calls) == 7 else 1)
+    spoilt.train_epoch()  # five steps
+    assert not spoilt.finished
+    spoilt.train_epoch()
+    assert spoilt.finished and spoilt.record()["diverged"] == {"epoch": 2, "step": 2} and spoilt.epoch == 1
+
+
+def test_on_epoch_sees_the_history_and_return_model_gives_what_was_tested(few, uninterrupted):
+    seen = []
+    record, model = run(few, on_epoch=lambda epoch, model: seen.append((epoch, model.training)), return_model=True)
+    assert seen == [(epoch, False) for epoch in record["history"]] and not model.training
+    logits = torch.cat(list(predict(model, few.test_images, record["environment"]["precision"])))
+    last = record["history"][-1]
+    assert float((logits.argmax(1) == few.test_labels).double().mean()) == last["test_accuracy"]
+    assert float(nn.functional.cross_entropy(logits, few.test_labels)) == pytest.approx(last["test_loss"], rel=1e-5)
+    assert timeless(record) == timeless(uninterrupted)
+
+
+CHANGES = {
+    "hook": lambda block, seen: block.register_forward_hook(lambda *_: seen.append(0)),
+    "forward": lambda block, seen: setattr(block, "forward", lambda x: seen.append(0) or x),
+}
+
+
+@needs_operator
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_change_by_on_epoch_counts_from_the_next_epoch(few, caplog, change):
+    seen = []
+    record = run(few, TINY, on_epoch=lambda epoch, model: seen or change(model.blocks[0], seen))
+    assert len(seen) >= 2 + 1 and "in eager PyTorch, several times slower, since" in caplog.text
+    [earlier] = record["environment"]["earlier"]
+    assert (earlier["epochs"], earlier["path"], record["environment"]["path"]) == (1, "fused", "eager")
+
+
+# The same every time
+
+
+def test_same_seed_gives_the_same_record_whatever_else_is_drawn(few, uninterrupted):
+    def meddle(epoch, model):
+        epoch.clear()
+        model.train()
+        model(torch.zeros(4, 1, 28, 28)).sum().backward()
+
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    assert timeless(run(few, on_epoch=meddle)) == timeless(uninterrupted)
+    assert torch.equal(torch.random.get_rng_state(), before), "PyTorch's own generator was drawn from"
+    assert timeless(run(few, replace(SHORT, seed=1)))["history"] != timeless(uninterrupted)["history"]
+
+
+def test_leaves_out_what_the_caller_has_around_it(few):
+    alone = timeless(run(few, precision="float32"))
+    for around in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+    ):
+        with around:
+            assert timeless(run(few, precision="float32")) == alone, around
+
+
+@needs_operator
+@pytest.mark.usefixtures("_keep_threads")
+@pytest.mark.parametrize("precision", sorted({"float32", find_precision(CPU)}))
+def test_one_thread_and_two_give_the_same_record(few, precision):
+    config, records = replace(SHORT, batch_size=128, num_epochs=2), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        records.append(run(few, config, precision=precision))
+        assert torch.get_num_threads() == count
+    assert [record["environment"].pop("threads") for record in records] == [1, 2]
+    assert timeless(records[0]) == timeless(records[1])
+
+
+@pytest.mark.usefixtures("_keep_threads")
+@pytest.mark.parametrize(("channels", "path"), [pytest.param(16, "fused", marks=needs_operator), (8, "eager")])
+def test_record_has_the_threads_that_were_computed_on(few, channels, path, caplog):
+    """The eager model takes all of PyTorch's threads; beside the operator PyTorch has one."""
+    openmp, seen = threadpoolctl.ThreadpoolController().select(user_api="openmp"), set()
+    torch.set_num_threads(2)
+    watched = Run(replace(TINY, num_channels=channels), CPU, "float32", few)
+    watched.train_epoch(lambda loss: seen.update(library["num_threads"] for library in openmp.info()))
+    environment = watched.record()["environment"]
+    assert (environment["path"], environment["threads"]) == (path, 2) and seen == {1 if path == "fused" else 2}
+    assert ("several times slower, since it has 8 channels" in caplog.text) == (path == "eager")
+
+
+def settings() -> tuple:
+    """What is the whole process's, and of the calling thread."""
+    process = torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+    return *process, *cudnn, *autocast, torch.is_grad_enabled()
+
+
+def test_runs_in_threads_are_those_in_turn_and_change_nothing_of_the_process(few):
+    """Several seeds and both precisions at once, while somebody else draws from PyTorch's own generator."""
+    configs = [replace(SHORT, seed=seed, num_epochs=2) for seed in range(3)]
+    configs.append(replace(TINY, num_channels=8))  # eager
+    precisions = [find_precision(CPU), "float32", find_precision(CPU), "float32"]
+    in_turn = [run(few, config, precision=p) for config, p in zip(configs, precisions, strict=True)]
+    done, seen = threading.Event(), set()
+
+    def somebody_else():
+        while not done.is_set():
+            torch.manual_seed(0)
+            seen.add(settings())
+            fresh = threading.Thread(target=lambda: seen.add(settings()))
+            fresh.start()
+            fresh.join()
+
+    expected = {settings()}
+    with ThreadPoolExecutor(5) as executor:
+        executor.submit(somebody_else)
+        jobs = [executor.submit(run, few, c, precision=p) for c, p in zip(configs, precisions, strict=True)]
+        wait(jobs)
+        done.set()
+    together = [job.result() for job in jobs]
+    assert [timeless(record) for record in together] == [timeless(record) for record in in_turn]
+    assert seen == expected == {settings()}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_of_a_process_that_has_trained_trains_too(few, uninterrupted):
+    """GNU OpenMP's threads do not survive it: PyTorch would wait for them for ever."""
+    torch.rand(500, 500) @ torch.rand(500, 500)
+    nn.functional.layer_norm(torch.rand(20_000, 16), (16,))  # so that they have been used
+    context = multiprocessing.get_context("fork")
+    outcome = context.SimpleQueue()
+    child = context.Process(target=lambda: outcome.put(timeless(run(few))["history"]), daemon=True)
+    child.start()
+    child.join(120)
+    hangs = child.exitcode is None
+    child.kill()
+    assert not hangs and outcome.get() == timeless(uninterrupted)["history"]
+
+
+# Model and optimiser of one's own
+
+
+def network(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), *between, nn.Linear(32, 10))
+
+
+def nesterov(parameters) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True)
+
+
+def test_trains_a_model_in_place_and_names_it_and_its_optimiser(few, tmp_path):
+    model = network(nn.Dropout(0.5))
+    before, drawn = copy.deepcopy(model), torch.random.get_rng_state()
+    record, ended = run(few, model=model, optimiser=nesterov, return_model=True)
+    assert ended is model and not torch.equal(model[1].weight, before[1].weight)
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+    assert record["history"][-1]["train_loss"] < record["history"][0]["train_loss"]
+    assert record["model"] == "torch.nn.modules.container.Sequential, 25,450 parameters"
+    assert all(part in record["optimiser"] for part in ("SGD", "'lr': 0.05", "'momentum': 0.9", "'nesterov': True"))
+    assert timeless(run(few, model=before, optimiser=nesterov)) == timeless(record)
+    write_record(record, tmp_path / "mine.json")
+    assert read_record(tmp_path / "mine.json") == record
+
+
+def test_trains_a_model_that_makes_float32_tensors(few):
+    class Turned(nn.Sequential):
+        def forward(self, images):
+            return super().forward(images) @ torch.eye(10)
+
+    assert run(few, TINY, model=Turned(nn.Flatten(), nn.Linear(784, 10)))["model"].endswith("Turned, 7,850 parameters")
+
+
+def test_optimiser_of_ones_own_is_as_the_configs_own(few):
+    config, model = Config(optimiser="momentum", lr=0.05, schedule="linear", batch_size=64, num_epochs=2), network()
+    alike = run(few, config, model=copy.deepcopy(model))
+    assert "optimiser" not in alike
+    record = run(few, config, model=model, optimiser=lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, fused=True))
+    assert timeless(record)["history"] == timeless(alike)["history"]
+
+
+# What is refused before training
+
+
+def test_rejects_arguments_in_one_sentence(few):
+    with pytest.raises(ValueError, match=r"limit is 301.*300"):
+        run(few, replace(SHORT, limit=301))
+    for size in ((32, 32), (4, 29), (5, 4)):
+        with pytest.raises(ValueError, match="{}×{} do not tile an image of 28×28".format(*size)):
+            run(few, replace(SHORT, patch_size=size))
+    with pytest.raises(ValueError, match="muon trains the matrices of a model's blocks, and Sequential has none"):
+        run(few, replace(SHORT, optimiser="muon"), model=network())
+    with pytest.raises(ValueError, match="optimiser has to be a function, like lambda"):
+        run(few, model=(model := network()), optimiser=nesterov(model.parameters()))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match=r"torch\.set_default_dtype\(torch\.float32\)"):
+            run(few)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("argument", ["checkpoint", "weights"])
+def test_rejects_a_place_that_cannot_be_written(few, tmp_path, argument, monkeypatch):
+    monkeypatch.setattr(Run, "train_epoch", None)
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path, str(tmp_path / "file" / "below"), tmp_path / "pipe", "", tmp_path / ("x" * 250)):
+        with pytest.raises(OSError, match="cannot be written"):
+            run(few, **{argument: place})
+    longest = 232 - len(str(threading.get_native_id()))  # which is part of the name that is written first
+    with pytest.raises(OSError, match=r"x\.last\.safetensors cannot be written"):
+        run(few, weights=tmp_path / f"{'x' * longest}.safetensors")
+
+
+def test_rejects_a_device_or_precision_that_is_not_there(monkeypatch):
+    for name in ("abacus", "meta", "cuda:77", "", "cpu:x", 5.5):
+        with pytest.raises(ValueError, match=r"^there is no device '.*' here: give cpu, cuda or mps"):
+            find_device(name)
+    assert find_device("cpu") == find_device(CPU) == CPU and find_device().type in ("cpu", "cuda", "mps")
+    with pytest.raises(ValueError, match="precision is bfloat16 or float32, not 'float16'"):
+        find_precision(CPU, "float16")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match="train in float32"):
+        find_precision(CPU, "bfloat16")
+
+
+@pytest.mark.skipif(find_precision(CPU) != "bfloat16", reason="no bfloat16 here")
+def test_takes_bfloat16_where_the_operator_has_it(few, monkeypatch):
+    """A compiler may not know it, though the processor does."""
+    monkeypatch.setattr(fused, "available", lambda bfloat16=False: not bfloat16)
+    found = [run(few, TINY, precision=precision)["environment"] for precision in (None, "bfloat16")]
+    assert [(each["precision"], each["path"]) for each in found] == [("float32", "fused"), ("bfloat16", "eager")]
+
+
+def test_progress_bar_puts_numbers_first_and_can_be_switched_off(few, capsys, monkeypatch):
+    config = replace(SHORT, num_epochs=1)
+    run(few, config, progress=True)
+    last = capsys.readouterr().err.rstrip().rpartition("\r")[2]
+    assert last.startswith("100%") and "epoch 1/1 loss " in last and last.index("test ") < last.index(SHORT.name[:6])
+    record = run(few, config)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stderr", None)  # as under pythonw
+    assert timeless(run(few, config, progress=True)) == timeless(record)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_learns_as_the_cpu_does(few, uninterrupted):
+    record = run(few, device="cuda")
+    for ours, theirs in zip(record["history"], uninterrupted["history"], strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
+    assert record["environment"]["path"] == "graphs"
+    assert timeless(record) == timeless(run(few, device="cuda"))
