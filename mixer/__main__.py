@@ -2,37 +2,49 @@
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 
 from mixer import data as fashion_mnist
-from mixer.config import BATCH_SIZES, DROPOUTS, LRS, RECIPES, Config, grid
+from mixer.config import BATCH_SIZES, DROPOUTS, LRS, MEANINGS, RECIPES, Config, check_names, grid
 from mixer.data import DataError
 from mixer.records import RESULTS, Record, RecordError, best_epoch, record_path
 from mixer.runner import GridError, run_grid
 from mixer.system.affinity import cores
 from mixer.system.device import find_device, find_precision
 
+# How what every grid varies is called here and by ``grid``, and the values when not given.
+VARIED = {
+    "lr": ("--lr", "lrs", LRS),
+    "dropout_p": ("--dropout", "dropouts", DROPOUTS),
+    "batch_size": ("--batch-size", "batch_sizes", BATCH_SIZES),
+    "seed": ("--seeds", "seeds", (0,)),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
-    options = vars(parser.parse_args(arguments))
+    options, unknown = parser.parse_known_args(arguments)
+    options = vars(options)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results, jobs = options.pop("results"), options.pop("jobs")
     how = {name: options.pop(name) for name in ("device", "precision", "data")}
     try:
+        given = [argument.partition("=")[0] for argument in unknown]
+        check_names("this command", given, re.findall(r"--[\w-]+", parser.format_help()))
         configs = grid(**{name: value for name, value in options.items() if value is not None})
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs is {jobs}, but it has to be a whole number above 0")
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
     try:
         missing = sum(not os.path.lexists(record_path(config, results)) for config in configs)
@@ -43,38 +55,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records = run_grid(configs, results, jobs=min(at_a_time, missing), **how)
     except (GridError, RecordError, DataError, ValueError, OSError) as error:
         sys.exit(str(error))
-    print(_table(records))
+    part = "validation" if configs[0].validation else "not validation"
+    print(_table(records), _AFTERWARDS.format(results=str(results), part=part), sep="\n\n")
+
+
+_AFTERWARDS = """The records are in {results}. To draw them, in Python:
+from mixer.records import histories, read_records; from mixer.reporting.figures import test_accuracy
+test_accuracy(histories(read_records({results!r})).query({part!r})).savefig("accuracy.png")"""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixer",
+        usage="%(prog)s [option value ...]",
         description="Train a grid of parameter sets, one record a run. Finished runs in the results folder are "
         "skipped, interrupted runs resume. Without arguments: the coursework's eight runs. An option with several "
-        "values trains every combination.",
+        "values trains every combination. In brackets: the value when not given.",
+        allow_abbrev=False,  # --channels would be --channels-mlp-dim
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34),
     )
-    add = parser.add_argument
-    add("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
-    add("--device", help="cuda, mps or cpu; found when not given")
-    add("--precision", choices=["bfloat16", "float32"], help="bfloat16 where the hardware has it, when not given")
-    add("--data", type=Path, metavar="DIR", help="a data set of your own in Fashion-MNIST's layout, in place of it")
-    # mixer.studies.bench measures that one run a core is faster than one run on all.
-    add("--jobs", type=int, metavar="N", help="runs at a time, which share a CPU's cores (one a core; on a GPU one)")
-    values = parser.add_argument_group("what is varied, and the values when not given").add_argument
-    several = {"nargs": "+", "metavar": "X"}
-    values("--lr", dest="lrs", type=float, **several, help=f"learning rates ({_words(LRS)})")
-    values("--dropout", dest="dropouts", type=float, **several, help=f"probabilities ({_words(DROPOUTS)})")
-    values("--batch-size", dest="batch_sizes", type=int, **several, help=f"images ({_words(BATCH_SIZES)})")
-    values("--seeds", type=int, **several, help="each runs the whole grid (0)")
-    values("--recipe", choices=list(RECIPES), help="a named config, whose values stand where none are given here")
+    add = {g: parser.add_argument_group(f"the {g}").add_argument for g in ("grid", "model", "training", "data")}
     for field in dataclasses.fields(Config):
-        if field.name not in ("lr", "dropout_p", "batch_size", "seed"):
-            kind, shown = _reader(field)
-            values(f"--{field.name.replace('_', '-')}", type=kind, **several, help=f"({shown})")
+        kind, shown = _reader(field)
+        option, destination, values = VARIED.get(field.name, (f"--{field.name.replace('_', '-')}", field.name, [shown]))
+        meaning = f"{MEANINGS[field.name]} ({' '.join(map(str, values))})"
+        add[field.metadata["group"]](option, dest=destination, type=kind, nargs="+", metavar="X", help=meaning)
+    add["grid"]("--recipe", choices=list(RECIPES), help="a named config, for what is not given here")
+    add["data"]("--data", type=Path, metavar="DIR", help="a folder in the layout of Fashion-MNIST (Fashion-MNIST)")
+    how = parser.add_argument_group("where and how").add_argument
+    how("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
+    how("--device", help="cuda, mps or cpu (the first that there is)")
+    how("--precision", choices=["bfloat16", "float32"], help="of the training (bfloat16 where the hardware has it)")
+    # mixer.studies.bench measures that one run a core is faster than one run on all.
+    how("--jobs", type=int, metavar="N", help="runs at a time, which share a CPU's cores (one a core; on a GPU one)")
     return parser
 
 
-def _reader(field: dataclasses.Field) -> tuple[Any, str]:
+def _reader(field: dataclasses.Field) -> tuple[Callable[[str], Any], str]:
     """What reads a field's value from the command line, and how its default is shown."""
     default = field.default
     if isinstance(default, bool):
@@ -83,8 +100,7 @@ def _reader(field: dataclasses.Field) -> tuple[Any, str]:
         return _pair, "x".join(map(str, default))
     if default is None:
         return int, "all"
-    words = get_args(field.type) if isinstance(default, str) else ()
-    return type(default), ", ".join(words) + f"; {default}" if words else str(default)
+    return type(default), str(default) or "none"
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -98,10 +114,6 @@ def _yes_or_no(text: str) -> bool:
     if text not in ("yes", "no"):
         raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
     return text == "yes"
-
-
-def _words(values: Iterable[float]) -> str:
-    return " ".join(map(str, values))
 
 
 def _table(records: list[Record]) -> str:

@@ -63,8 +63,8 @@ class Config:
 
     lr: float = _grid(0.01, "learning rate")
     dropout_p: float = _grid(0.0, "probability of dropout")
-    batch_size: int = _grid(256, "images a step")
-    num_epochs: int = _training(60, "epochs")
+    batch_size: int = _grid(256, "images of a training step")
+    num_epochs: int = _training(60, "passes over the training images")
     seed: int = _grid(0, "decides initial weights, order of the images, dropout and augmentation")
     limit: int | None = _data(None, "train on the first so many images only")
     num_blocks: int = _model(8, "mixer blocks")
@@ -73,21 +73,21 @@ class Config:
     patches_mlp_dim: int = _model(1024, "hidden units of the token-mixing MLP")
     channels_mlp_dim: int = _model(512, "hidden units of the channel-mixing MLP")
     skip_connections: bool = _model(True, "add its input to each MLP's output")
-    gelu: Literal["exact", "tanh"] = _model("exact", "GELU; tanh: the approximation, as in the paper's code")
+    gelu: Literal["exact", "tanh"] = _model("exact", "tanh: the approximation, as in the paper's code")
     initialisation: Literal["flax", "pytorch", "identity"] = _model("flax", "flax: as in the paper's code")
     whiten: bool = _model(False, "initialise the stem so that its channels are uncorrelated")
     inputs: Literal["normalised", "scaled"] = _data("normalised", "scaled: pixels divided by 255, no more")
     optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = _training("adam", "momentum: SGD, 0.9")
-    weight_decay: float = _training(0.0, "decay of the weights")
+    weight_decay: float = _training(0.0, "weight decay of the optimiser")
     schedule: Literal["constant", "linear"] = _training("constant", "linear: warm-up in the first epoch, then to 0")
     flip: bool = _training(False, "mirror half of the training images, drawn anew in every epoch")
     shift: int = _training(0, "move each training image by up to so many pixels")
     erase: int = _training(0, "cut a square of so many pixels a side out of each training image")
     mixup_prob: float = _training(0.0, "probability that a batch is mixed with itself in reverse")
     label_smoothing: float = _training(0.0, "share of the target that is spread over all classes")
-    network: Literal["mixer", "mlp", "conv"] = _model("mixer", "the baselines mlp and conv have one size each")
+    network: Literal["mixer", "mlp", "conv"] = _model("mixer", "mlp and conv are baselines of one size each")
     teacher: str = _training("", "name of the network that the run is distilled from, in place of the labels")
-    temperature: float = _training(1.0, "of the softmax of both networks in distillation")
+    temperature: float = _training(1.0, "of both networks in distillation")
     ema_decay: float = _training(0.0, "decay of the exponential moving average of the weights, which is what is tested")
     validation: bool = _data(False, "test on a twelfth of the training images, held out, in place of the test images")
 
@@ -160,12 +160,14 @@ _LABELS = {
     **{"validation": "validation"},
 }
 _OLD_NAMES = {"mixup": "mixup_prob", "average": "ema_decay"}
-_ALIASES = _OLD_NAMES | {"learning_rate": "lr", "depth": "num_blocks", "ema": "ema_decay"}
+_ALIASES = _OLD_NAMES | {"learning_rate": "lr", "ema": "ema_decay", "workers": "jobs", "output": "results"}
 _FIELDS = dataclasses.fields(Config)
 _MIXER_ONLY = [field.name for field in _FIELDS if field.metadata["group"] == "model" and field.name != "network"]
 _DEFAULTS = {field.name: field.default for field in _FIELDS}
 _LISTS = {"lr": "lrs", "dropout_p": "dropouts", "batch_size": "batch_sizes", "seed": "seeds"}
-Config.__doc__ = "\n    ".join([f"{Config.__doc__}", *(f"{f.name}: {f.metadata['meaning']}" for f in _FIELDS)])
+_WORDS = {field.name: ", ".join(get_args(field.type)) for field in _FIELDS if isinstance(field.default, str)}
+MEANINGS = {f.name: "; ".join(filter(None, [_WORDS.get(f.name), f.metadata["meaning"]])) for f in _FIELDS}
+Config.__doc__ = "\n    ".join([f"{Config.__doc__}", *map(": ".join, MEANINGS.items())])
 
 
 def check_names(of: str, given: Iterable[str], known: Iterable[str]) -> None:
