@@ -8,6 +8,8 @@
 # make bench      measure the fast path on this machine
 # make speedrun   measure the time to the coursework's accuracy on this machine
 # make notebook   run the notebooks and keep their outputs (after a change)
+# make clean      remove build/ and .venv/
+# make help       this list
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +19,7 @@ RESULTS := $(wildcard mixer/weights/*.safetensors results/*.json results/*/*.jso
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
 .NOTPARALLEL:  # every notebook has a table in README.md
-.PHONY: report test grid questions second-round recipe trial-teacher data bench speedrun notebook clean
+.PHONY: report test grid questions second-round recipe trial-teacher data bench speedrun notebook clean help
 .DELETE_ON_ERROR:
 
 report: build/report
@@ -84,3 +86,6 @@ test: .venv/installed-dev
 
 clean:
 	rm -rf build .venv
+
+help:
+	@sed -n '/^#/!q; s/^# //p' $(firstword $(MAKEFILE_LIST))
