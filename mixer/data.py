@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from logging import getLogger
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,30 @@ class Data:
         if self.pixel_mean is None or self.pixel_std is None:
             for field, value in zip(("pixel_mean", "pixel_std"), _pixel_statistics(self.train_images), strict=True):
                 object.__setattr__(self, field, value)
+
+    @classmethod
+    def from_torchvision(cls, train: torch.utils.data.Dataset, test: torch.utils.data.Dataset) -> "Data":
+        """Two datasets of torchvision in memory: MNIST, KMNIST, EMNIST, USPS, CIFAR-10, CIFAR-100 or SVHN.
+
+        Colour becomes grey. Labels index ``train.classes``, so EMNIST's letters are 1 to 26. Transforms are not
+        applied. Raises ValueError for what is read file by file (ImageFolder) and for a part of a dataset (Subset).
+        """
+        tensors, name, log = [], type(train).__name__, getLogger("mixer")
+        if getattr(train, "transforms", None):
+            log.warning("Transforms of %s are not applied: flip, shift and erase of Config augment.", name)
+        for part in (train, test):
+            try:
+                images = torch.as_tensor(part.data)
+                labels = torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels)
+            except (AttributeError, TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{type(part).__name__} has no .data and .targets: give Data tensors of it") from None
+            if images.dtype == torch.uint8 and images.ndim == 4 and 3 in images.shape[1::2]:
+                red, green, blue = images.int().unbind(1 if images.shape[1] == 3 else 3)
+                images = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).byte()  # as Pillow does
+                if part is train:
+                    log.warning("The images of %s are in colour and become grey: the model takes one channel.", name)
+            tensors += [images, labels.long()]
+        return cls(*tensors, name=name)
 
     @property
     def num_classes(self) -> int:

@@ -16,10 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import Subset
+from torchvision.datasets import CIFAR10, EMNIST, KMNIST, SVHN, USPS, ImageFolder, VisionDataset
 
-from mixer import download
+from mixer import Config, classify, download, train
 from mixer.data import PIXEL_MEAN, PIXEL_STD, SHA256, TENSORS, Data, DataError, load_folder, normalise, validation_split
 
 NAMES = tuple(SHA256)
@@ -135,6 +139,70 @@ def test_loads_a_folder_of_your_own(tmp_path, packed):
     assert read.name == "shapes" and read.sha256 == own.sha256 and read.num_classes == 3
     assert read.train_images.dtype == torch.uint8 and read.test_labels.dtype == torch.int64
     assert load_folder(write_idx(tmp_path / "KMNIST" / "raw", own, packed)).name == "KMNIST"
+
+
+def of_torchvision(kind: type[VisionDataset], transform: Callable | None = None, **held) -> VisionDataset:
+    """A dataset as it is after reading its files."""
+    dataset = kind.__new__(kind)
+    VisionDataset.__init__(dataset, "nowhere", transform=transform)
+    vars(dataset).update(held)
+    return dataset
+
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+LABELS = [number % 3 for number in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "held"),
+    [
+        (KMNIST, {"data": torch.from_numpy(COLOURS[..., 0]), "targets": torch.tensor(LABELS)}),
+        (EMNIST, {"data": torch.from_numpy(COLOURS[..., 0]), "targets": torch.tensor(LABELS) + 1}),
+        (USPS, {"data": COLOURS[..., 0], "targets": LABELS}),
+        (CIFAR10, {"data": COLOURS, "targets": LABELS}),
+        (SVHN, {"data": COLOURS.transpose(0, 3, 1, 2), "labels": np.array(LABELS)}),
+    ],
+)
+def test_takes_a_dataset_of_torchvision(kind, held, caplog):
+    half = of_torchvision(kind, **{name: values[:12] for name, values in held.items()})
+    own = Data.from_torchvision(of_torchvision(kind, **held), half)
+    in_colour = kind in (CIFAR10, SVHN)
+    images = np.stack([np.array(Image.fromarray(image).convert("L")) for image in COLOURS])
+    assert np.array_equal(own.train_images, images if in_colour else COLOURS[..., 0])
+    assert own.train_labels.tolist() == list(map(int, [*held.values()][1])) and len(own.test_images) == 12
+    assert own.name == kind.__name__ and len(caplog.messages) == in_colour
+    assert not in_colour or "are in colour and become grey" in caplog.text
+
+
+def test_trains_and_classifies_pictures_of_torchvision(tmp_path):
+    part = of_torchvision(CIFAR10, data=COLOURS, targets=LABELS)
+    config = Config(batch_size=8, num_epochs=1, num_blocks=1, patch_size=8, patches_mlp_dim=16, channels_mlp_dim=16)
+    how = {"device": "cpu", "progress": False, "weights": tmp_path / "colours.safetensors"}
+    record = train(config, data=Data.from_torchvision(part, part), **how)
+    assert record["environment"]["data"] == "CIFAR10" and len(record["history"]) == 1
+    assert sorted(classify(COLOURS[0], how["weights"]).index) == [0, 1, 2]
+
+
+def test_says_that_transforms_of_torchvision_are_not_applied(caplog):
+    held = {"data": COLOURS[..., 0], "targets": LABELS}
+    Data.from_torchvision(of_torchvision(USPS, transform=np.flip, **held), of_torchvision(USPS, **held))
+    assert caplog.messages == ["Transforms of USPS are not applied: flip, shift and erase of Config augment."]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "sentence"),
+    [
+        (Subset(of_torchvision(USPS, data=COLOURS[..., 0], targets=LABELS), [0]), "Subset has no .data and .targets"),
+        (of_torchvision(ImageFolder, targets=LABELS), "ImageFolder has no .data and .targets"),
+        (of_torchvision(USPS, data=COLOURS[..., 0], targets=["a"] * 24), "USPS has no .data and .targets"),
+        (of_torchvision(USPS, data=COLOURS / 255, targets=LABELS), r"must be torch.uint8 .*float64 \(24, 32, 32, 3\)"),
+        (of_torchvision(USPS, data=[Image.new("L", (8, 8))], targets=[0]), "USPS has no .data and .targets"),
+        (torch.zeros(24, 8, 8), "Tensor has no .data and .targets"),
+    ],
+)
+def test_rejects_other_datasets_of_torchvision(dataset, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Data.from_torchvision(dataset, dataset)
 
 
 @pytest.mark.parametrize(
