@@ -1,5 +1,9 @@
-"""What a run leaves on the disk beside its record: a checkpoint after every epoch, and weights at the end."""
+"""What a run leaves on the disk beside its record: a checkpoint after every epoch, and weights at the end.
 
+``run`` is a ``training.Run`` throughout.
+"""
+
+import dataclasses
 import io
 import json
 from logging import getLogger
@@ -10,31 +14,64 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mixer.records import best_epoch
 from mixer.system.files import seal, unseal, write_whole
 
 log = getLogger("mixer")
 
 
-def save(path: Path, key: str, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all. ``key``: whatever decides a bit of the run. Raises OSError."""
+def save(run: Any, path: Path) -> None:
+    """Write a checkpoint whole or not at all. Raises OSError."""
+    state = {
+        "key": key(run),
+        "model": run.model.state_dict(),
+        "average": run.average.state_dict() if run.average is not None else None,
+        "optimisers": [optimiser.state_dict() for optimiser in run.optimisers],
+        "history": run.history,
+        "diverged": run.diverged,
+        "best_weights": run.best_weights,
+        "fingerprint": run.fingerprint,
+        "environments": json.dumps([*run.earlier, run.environment]),
+    }
     content = io.BytesIO()
-    torch.save({"key": key, "state": state}, content)
+    torch.save(state, content)
     write_whole(path, seal(content.getbuffer()))  # PyTorch does not check the bytes that it reads
 
 
-def load(path: Path, key: str, device: torch.device) -> dict[str, Any] | None:
-    """The state of a checkpoint of this ``key``; None, and a log line with the reason, where it cannot be used."""
+def resume(run: Any, path: Path) -> None:
+    """Put a run where its checkpoint was written; where it cannot be used, a log line says why."""
     try:
-        kept = torch.load(io.BytesIO(unseal(path.read_bytes())), map_location=device, weights_only=True)
-        if kept["key"] != key:
+        state = torch.load(io.BytesIO(unseal(path.read_bytes())), map_location=run.device, weights_only=True)
+        if state["key"] != key(run):
             raise ValueError("other code, data, settings, device or precision made it")
-        return kept["state"]
     except FileNotFoundError:
-        return None
+        return
     except Exception as error:  # there is no telling what a damaged or foreign file makes torch.load raise
         reason = str(error).partition("\n")[0].rstrip(".")
         log.warning("The checkpoint %s cannot be used, since %s: the run starts afresh.", path, reason)
-        return None
+        return
+    run.model.load_state_dict(state["model"])
+    if run.average is not None:
+        run.average.load_state_dict(state["average"])
+    for optimiser, saved in zip(run.optimisers, state["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
+    run.history, run.diverged, run.fingerprint = state["history"], state["diverged"], state["fingerprint"]
+    run.best_weights = state["best_weights"] and {k: w.cpu() for k, w in state["best_weights"].items()}
+    *run.earlier, last = json.loads(state["environments"])
+    if last != run.environment:
+        run.earlier.append({"epochs": run.epoch} | last)
+
+
+def key(run: Any) -> str:
+    """What has to be equal for a checkpoint to go on as if never interrupted: all that decides a single bit."""
+    path, device = run.choice.path, run.device.type
+    decisive = ["torch", "precision", "path", "data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
+    decisive += ["device"] if path != "fused" else []
+    decisive += ["threads"] if path == "eager" and device == "cpu" else []
+    values = {name: run.environment.get(name) for name in decisive} | run.brought
+    values |= {"kind": device, "capability": torch.backends.cpu.get_cpu_capability()}
+    values |= {name: f"{number:.6g}" for name, number in run.fingerprint.items() if name != "weights"}
+    return json.dumps([dataclasses.asdict(run.config), values])
 
 
 def last_weights(path: Path) -> Path:
@@ -42,9 +79,35 @@ def last_weights(path: Path) -> Path:
     return path.with_suffix(f".last{path.suffix}")
 
 
-def save_weights(path: Path, weights: dict[str, Tensor], origin: dict[str, Any]) -> None:
-    """Write a safetensors file that says where its weights come from. Raises OSError."""
+def save_weights(run: Any, path: Path) -> None:
+    """Write the weights of the best epoch, and of the last, as safetensors files. Raises OSError.
+
+    A run that diverged has no last ones, and without a whole epoch no best ones: then another training's go.
+    """
+    best = (run.best_weights, best_epoch({"history": run.history})) if run.history else None
+    last = (run.tested.state_dict(), run.history[-1]) if run.history and run.diverged is None else None
+    for file, kept in ((path, best), (last_weights(path), last)):
+        if kept is None:
+            file.unlink(missing_ok=True)
+        else:
+            write_whole(file, _safetensors(run, *kept))
+
+
+def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) -> bytes:
+    """The weights, and what they come from."""
+    origin = {
+        "name": run.config.name,
+        "epoch": epoch["epoch"],
+        "measured": {name: value for name, value in epoch.items() if name != "seconds"},
+        "data": run.data.name,
+        "config": dataclasses.asdict(run.config),
+        **run.brought,
+        "image": list(run.data.train_images.shape[1:]),
+        "data_sha256": run.data.sha256,
+        "pixel_mean": run.data.pixel_mean,
+        "pixel_std": run.data.pixel_std,
+    }
     # Copies, since safetensors takes no two tensors that share their memory, as tied layers do.
     weights = {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
     # One entry, because several would be written in an order that changes from call to call.
-    write_whole(path, safetensors.torch.save(weights, {"mixer": json.dumps(origin)}))
+    return safetensors.torch.save(weights, {"mixer": json.dumps(origin)})

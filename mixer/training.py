@@ -10,7 +10,6 @@ epoch, so an interrupted run needs no stored random state, and runs in threads o
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from mixer import data as fashion_mnist
 from mixer.augment import Batch, augmented
 from mixer.baselines.distillation import Distillation, soft_target_loss
 from mixer.baselines.networks import build_network
-from mixer.checkpoint import last_weights, load, save, save_weights
+from mixer.checkpoint import last_weights, resume, save, save_weights
 from mixer.config import Config, check_configs
 from mixer.data import Data, normalise, validation_split
 from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, trial, try_out
@@ -38,7 +37,7 @@ from mixer.kernels.acceleration import Choice, choose
 from mixer.model import MlpMixer
 from mixer.optim import optimisers, schedule
 from mixer.prediction import EVAL_BATCH, predict
-from mixer.records import RECORD_FORMAT, Record, best_epoch, environment
+from mixer.records import RECORD_FORMAT, Record, environment
 from mixer.system.device import autocast, by_itself, find_device, find_precision, threads_after_fork
 from mixer.system.files import check_writable, expand
 from mixer.system.progress import Bar
@@ -92,8 +91,8 @@ def train(
         data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
         run = Run(config, device, precision, data, model, optimiser)
         run.fingerprint = fingerprint_of(config, Kind.of(data), model, optimiser)
-        if checkpoint is not None and (state := load(checkpoint, run.key, device)):
-            run.load_state_dict(state)
+        if checkpoint is not None:
+            resume(run, checkpoint)
         try:
             steps = run.steps_per_epoch
             with Bar(config.name, config.num_epochs, steps, run.epoch, progress, position) as bar:
@@ -101,7 +100,7 @@ def train(
                 while not run.finished:
                     run.train_epoch(bar.step)
                     if checkpoint is not None:
-                        save(checkpoint, run.key, run.state_dict())
+                        save(run, checkpoint)
                     if run.diverged is None:
                         bar.epoch_done(run.history[-1])
                         if on_epoch is not None:
@@ -112,7 +111,7 @@ def train(
             raise Interrupted(f"Interrupted after {count} epochs; {where}.", run.history) from None
     if weights is not None:
         try:
-            run.save_weights(weights)
+            save_weights(run, weights)
         except OSError as error:
             if checkpoint is not None:  # the same call resumes from it and comes here at once
                 raise
@@ -327,72 +326,6 @@ class Run:
             "pixel_mean": data.pixel_mean,
             "pixel_std": data.pixel_std,
             **({"teacher_sha256": teacher.sha256, "teacher_weights_sha256": teacher.weights_sha256} if teacher else {}),
-        }
-
-    @property
-    def key(self) -> str:
-        """What has to be equal for a checkpoint to go on as if never interrupted: all that decides a single bit."""
-        decisive = ["torch", "precision", "path"]
-        decisive += ["data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
-        if self.choice.path != "fused":
-            decisive += ["device"]
-        if self.choice.path == "eager" and self.device.type == "cpu":
-            decisive += ["threads"]
-        key = {name: self.environment.get(name) for name in decisive} | self.brought
-        key |= {"kind": self.device.type, "capability": torch.backends.cpu.get_cpu_capability()}
-        key |= {name: f"{number:.6g}" for name, number in self.fingerprint.items() if name != "weights"}
-        return json.dumps([dataclasses.asdict(self.config), key])
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the epochs that follow, the record and the weights depend on, but for config and data."""
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else None,
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "history": self.history,
-            "diverged": self.diverged,
-            "best_weights": self.best_weights,
-            "fingerprint": self.fingerprint,
-            "environments": json.dumps([*self.earlier, self.environment]),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        self.history, self.diverged, self.fingerprint = state["history"], state["diverged"], state["fingerprint"]
-        self.best_weights = state["best_weights"] and {k: w.cpu() for k, w in state["best_weights"].items()}
-        *self.earlier, last = json.loads(state["environments"])
-        if last != self.environment:
-            self.earlier.append({"epochs": self.epoch} | last)
-
-    def save_weights(self, path: Path) -> None:
-        """Those of the best epoch and of the last. Raises OSError.
-
-        A run that diverged has no last ones, and without a whole epoch no best ones: then another training's go.
-        """
-        best = (self.best_weights, best_epoch({"history": self.history})) if self.history else None
-        last = (self.tested.state_dict(), self.history[-1]) if self.history and self.diverged is None else None
-        for file, kept in ((path, best), (last_weights(path), last)):
-            if kept is None:
-                file.unlink(missing_ok=True)
-            else:
-                save_weights(file, kept[0], self._origin(kept[1]))
-
-    def _origin(self, epoch: dict[str, float]) -> dict[str, Any]:
-        return {
-            "name": self.config.name,
-            "epoch": epoch["epoch"],
-            "measured": {name: value for name, value in epoch.items() if name != "seconds"},
-            "data": self.data.name,
-            "config": dataclasses.asdict(self.config),
-            **self.brought,
-            "image": list(self.data.train_images.shape[1:]),
-            "data_sha256": self.data.sha256,
-            "pixel_mean": self.data.pixel_mean,
-            "pixel_std": self.data.pixel_std,
         }
 
 

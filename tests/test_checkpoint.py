@@ -21,7 +21,7 @@ from test_training import SHORT, TINY, nesterov, network, run, timeless
 from torch import nn
 
 from mixer import data as fashion_mnist
-from mixer.checkpoint import last_weights
+from mixer.checkpoint import key, last_weights
 from mixer.config import Config
 from mixer.kernels import fused
 from mixer.prediction import load_with_origin, predict
@@ -173,10 +173,10 @@ def test_checkpoint_is_of_data_precision_and_an_eager_models_threads(few, monkey
     mirrored, eager = replace(few, train_images=few.train_images.flip(2)), replace(TINY, num_channels=8)
     made = [(SHORT, CPU, "float32", few), (SHORT, CPU, "float32", mirrored), (SHORT, CPU, "bfloat16", few)]
     made.append((eager, CPU, "float32", few))
-    keys = {Run(*each).key for each in made}
+    keys = {key(Run(*each)) for each in made}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     eager_ones = [not fused.available(), not fused.available(), not fused.available(bfloat16=True), True]
-    assert len(keys | {Run(*each).key for each in made}) == 4 + sum(eager_ones)
+    assert len(keys | {key(Run(*each)) for each in made}) == 4 + sum(eager_ones)
 
 
 def test_full_disk_is_one_sentence_and_costs_no_finished_epoch(few, checkpoint, uninterrupted, trained):
