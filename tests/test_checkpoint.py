@@ -24,7 +24,7 @@ from mixer import data as fashion_mnist
 from mixer.checkpoint import key, last_weights
 from mixer.config import Config
 from mixer.kernels import fused
-from mixer.prediction import load_with_origin, predict
+from mixer.prediction import load_with_origin
 from mixer.records import best_epoch
 from mixer.training import Interrupted, Run
 
@@ -194,17 +194,17 @@ def test_full_disk_is_one_sentence_and_costs_no_finished_epoch(few, checkpoint, 
 # Weights
 
 
-def test_weights_are_those_of_the_best_epoch_and_the_same_bytes_every_time(few, tmp_path):
-    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
-    record, ended = run(few, replace(SHORT, lr=0.1), weights=str(one), return_model=True)
-    run(few, replace(SHORT, lr=0.1), weights=other)
+@pytest.mark.parametrize("tested", [100, 1])  # with one image, epochs tie: the first of the best is kept
+def test_weights_are_those_of_the_best_epoch_and_the_same_bytes_every_time(few, tmp_path, tested):
+    one, other, heads = tmp_path / "one.safetensors", tmp_path / "other.safetensors", []
+    some = replace(few, test_images=few.test_images[:tested], test_labels=few.test_labels[:tested])
+    record = run(some, weights=str(one), on_epoch=lambda epoch, model: heads.append(model.head.weight.detach().clone()))
+    run(some, weights=other)
     assert one.read_bytes() == other.read_bytes() and last_weights(one).read_bytes() == last_weights(other).read_bytes()
     for path, epoch in ((one, best_epoch(record)), (last_weights(one), record["history"][-1])):
         model, origin = load_with_origin(path)
-        logits = torch.cat(list(predict(model, few.test_images, record["environment"]["precision"])))
-        assert float((logits.argmax(dim=1) == few.test_labels).double().mean()) == epoch["test_accuracy"]
-        assert (origin["name"], origin["epoch"]) == (replace(SHORT, lr=0.1).name, epoch["epoch"])
-    assert torch.equal(model.head.weight, ended.head.weight)
+        assert torch.equal(model.head.weight, heads[epoch["epoch"] - 1])
+        assert (origin["name"], origin["epoch"]) == (SHORT.name, epoch["epoch"])
 
 
 def test_diverged_run_leaves_no_weights_of_its_last_step_and_none_of_another_training(few, tmp_path):

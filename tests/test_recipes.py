@@ -119,7 +119,7 @@ def test_recipes_are_configs_and_grids():
 
 
 def test_modern_recipe_learns_real_images_and_resumes_bit_for_bit(data, tmp_path):
-    config = Config(**RECIPES["modern"] | SMALL | {"batch_size": 16, "num_epochs": 4, "ema_decay": 0.9})
+    config = Config(**RECIPES["modern"] | SMALL | {"batch_size": 16, "num_epochs": 4, "ema_decay": 0.97})
     options = {"data": first_images(data, 1500, 500), "device": "cpu", "progress": False}
 
     def stop(epoch, model):

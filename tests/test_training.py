@@ -75,13 +75,14 @@ def test_record_says_what_was_run_and_where(few, uninterrupted):
     json.dumps(uninterrupted, allow_nan=False)
 
 
-def test_limit_validation_and_inputs_say_what_is_trained_on(few):
-    record = run(few, config := replace(SHORT, num_epochs=1, limit=64, inputs="scaled"))
-    scaled = replace(few.first(64), pixel_mean=0.0, pixel_std=1.0)
-    assert timeless(record)["history"] == timeless(run(scaled, replace(SHORT, num_epochs=1)))["history"]
+def test_limit_validation_and_inputs_say_what_is_trained_on(data):
+    some, config = first_images(data, 300, 50), replace(SHORT, num_epochs=1)
+    record = run(some, replace(config, limit=64, inputs="scaled"))
+    scaled = replace(some.first(64), pixel_mean=0.0, pixel_std=1.0)
+    assert timeless(record)["history"] == timeless(run(scaled, config))["history"]
     environment = record["environment"]
-    assert (environment["pixel_mean"], environment["data_sha256"]) == (0.0, few.first(64).sha256)
-    held_out = part_of(few, replace(config, validation=True))
+    assert (environment["pixel_mean"], environment["data_sha256"]) == (0.0, some.first(64).sha256)
+    held_out = part_of(some, replace(config, validation=True, limit=64))
     assert len(held_out.train_images) == 64 and len(held_out.test_images) == pytest.approx(300 / 12, abs=5)
 
 
