@@ -66,7 +66,7 @@ class Config:
     batch_size: int = _grid(256, "images of a training step")
     num_epochs: int = _training(60, "passes over the training images")
     seed: int = _grid(0, "decides initial weights, order of the images, dropout and augmentation")
-    limit: int | None = _data(None, "train on the first so many images only")
+    limit: int | None = _data(None, "train on the first so many images only, and test on as many")
     num_blocks: int = _model(8, "mixer blocks")
     patch_size: tuple[int, int] = _model((4, 4), "height and width of a patch, in pixels")
     num_channels: int = _model(16, "channels of a patch; other than 16 train several times slower on a CPU")

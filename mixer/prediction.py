@@ -35,19 +35,21 @@ def predict(
     mean: float | None = None,
     std: float | None = None,
 ) -> Iterator[Tensor]:
-    """The model's logits, float32 (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W).
+    """The model's logits (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W).
 
-    ``mean`` and ``std`` of the pixels: Fashion-MNIST's when not given.
+    They are float32, or float64 of a model in float64, which answers the same on every processor. ``mean`` and ``std``
+    of the pixels: Fashion-MNIST's when not given.
     """
     statistics = {} if mean is None else {"mean": mean, "std": std}
+    dtype = next(model.parameters()).dtype
     model.eval()
     forward = model
     if images.device.type == "cpu":  # what is recorded on CUDA is for training
         with autocast(images.device, precision):
-            forward = choose(model, normalise(images[:1], **statistics)).forward
+            forward = choose(model, normalise(images[:1], **statistics).to(dtype)).forward
     for batch in images.split(EVAL_BATCH):
         with torch.inference_mode(), autocast(images.device, precision):
-            logits = forward(normalise(batch, **statistics))
+            logits = forward(normalise(batch, **statistics).to(dtype))
         yield logits  # outside, since a generator's contexts would hold for its caller too
 
 

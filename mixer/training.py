@@ -367,4 +367,7 @@ def part_of(data: Data, config: Config) -> Data:
     """What of the data a run is trained and tested on. Raises ValueError when there are fewer images than ``limit``."""
     data = validation_split(data) if config.validation else data
     data = replace(data, pixel_mean=0.0, pixel_std=1.0) if config.inputs == "scaled" else data
-    return data if config.limit is None else data.first(config.limit)
+    if config.limit is not None:
+        data, few = data.first(config.limit), slice(config.limit)
+        data = replace(data, test_images=data.test_images[few], test_labels=data.test_labels[few])
+    return data
