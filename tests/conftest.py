@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make tests beside other work ten times slower
+
 from dataclasses import replace
 
 import pytest

@@ -5,13 +5,13 @@ import json
 import random
 from decimal import Decimal
 from fractions import Fraction
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from mixer.config import Config
-from mixer.optim import OPTIMISERS, SCHEDULES
+from mixer.config import Config, grid
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ from mixer.optim import OPTIMISERS, SCHEDULES
         {"optimiser": "magic"},
         {"schedule": "cosine"},
         {"shift": -1},
-        {"average": 1},
+        {"ema_decay": 1},
         {"erase": 2.5},
-        {"mixup": 1.1},
+        {"mixup_prob": 1.1},
         {"network": "transformer"},
         {"teacher": "../conv"},
         {"temperature": 0},
@@ -58,7 +58,7 @@ from mixer.optim import OPTIMISERS, SCHEDULES
     ],
     ids=str,
 )
-def test_an_impossible_config_names_the_field_and_the_value(wrong):
+def test_rejects_impossible_values_by_field_and_value(wrong):
     [(name, value)] = wrong.items()
     with pytest.raises(ValueError, match=f"^{name} is ") as error:
         Config(**wrong)
@@ -66,7 +66,7 @@ def test_an_impossible_config_names_the_field_and_the_value(wrong):
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.float64, Fraction, float])
-def test_any_number_that_means_the_value_will_do(kind):
+def test_takes_any_number_that_means_the_value(kind):
     config = Config(lr=kind(0.5), dropout_p=0, batch_size=np.int64(64), num_epochs=2.0, seed=np.uint8(3), patch_size=7)
     assert config == Config(0.5, 0.0, 64, 2, 3, patch_size=(7, 7))
     assert [type(value) for value in (config.lr, config.dropout_p, config.batch_size, config.num_epochs)] == [
@@ -81,7 +81,7 @@ def test_any_number_that_means_the_value_will_do(kind):
         Config(lr=Decimal("0.5"))  # not a real number to Python
 
 
-def test_names_are_readable_and_those_of_the_records_that_there_are():
+def test_name_is_readable():
     assert Config(0.01, 0.1, 256).name == "lr0.01_dropout0.1_batch256_seed0"
     assert Config(0.001, 0.0, 512, 2, 1, 100).name == "lr0.001_dropout0_batch512_seed1_epochs2_limit100"
     assert Config(1e-5).name == "lr1e-05_dropout0_batch256_seed0"
@@ -91,20 +91,20 @@ def test_names_are_readable_and_those_of_the_records_that_there_are():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"temperature": 2}, "temperature goes with a teacher"),
-        ({"teacher": "conv", "erase": 8}, "teacher goes with flips, shifts and mixup, not with"),
-        ({"teacher": "conv", "label_smoothing": 0.1}, "teacher goes with flips, shifts and mixup, not with"),
-        ({"network": "conv", "num_blocks": 4}, "num_blocks is of a mixer"),
-        ({"network": "mlp", "whiten": True}, "whiten is of a mixer"),
+        ({"temperature": 2}, "temperature applies with a teacher only"),
+        ({"teacher": "conv", "erase": 8}, "teacher goes with flip, shift and mixup_prob, not with"),
+        ({"teacher": "conv", "label_smoothing": 0.1}, "teacher goes with flip, shift and mixup_prob, not with"),
+        ({"network": "conv", "num_blocks": 4}, "num_blocks applies to network='mixer' only"),
+        ({"network": "mlp", "whiten": True}, "whiten applies to network='mixer' only"),
     ],
 )
-def test_fields_that_do_not_go_together_are_named(fields, reason):
+def test_rejects_fields_that_do_not_go_together(fields, reason):
     with pytest.raises(ValueError, match=reason):
         Config(**fields)
 
 
-def test_a_name_is_one_per_config():
-    choose = random.Random(0)
+def test_no_two_configs_share_a_name():
+    choose, words = random.Random(0), {field.name: get_args(field.type) for field in dataclasses.fields(Config)}
     values = {
         "lr": [0.01, 0.0100001, 0.01000000001, 1e-5, 1.0, 1e16, 1e17],
         "dropout_p": [0, 0.1, 0.1 + 1e-12, 0.1 + 2e-16],
@@ -122,18 +122,18 @@ def test_a_name_is_one_per_config():
         "initialisation": ["flax", "pytorch", "identity"],
         "whiten": [True, False],
         "inputs": ["normalised", "scaled"],
-        "optimiser": list(OPTIMISERS),
+        "optimiser": words["optimiser"],
         "weight_decay": [0, 0.01],
-        "schedule": list(SCHEDULES),
+        "schedule": words["schedule"],
         "flip": [True, False],
         "shift": [0, 1, 2],
         "erase": [0, 4],
-        "mixup": [0, 0.5, 1],
+        "mixup_prob": [0, 0.5, 1],
         "label_smoothing": [0, 0.1],
         "network": ["mixer"],
         "teacher": ["", "conv", "conv-1"],
         "temperature": [1, 2.5],
-        "average": [0, 0.9, 0.99],
+        "ema_decay": [0, 0.9, 0.99],
         "validation": [True, False],
     }
     assert values.keys() == {field.name for field in dataclasses.fields(Config)}
@@ -148,6 +148,45 @@ def test_a_name_is_one_per_config():
     assert all(set(config.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._+-") for config in configs)
 
 
-def test_a_config_comes_back_from_json():
+def test_comes_back_from_json_and_from_old_names():
     config = Config(0.003, 0.2, patch_size=(7, 4), optimiser="muon", limit=5)
     assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    old = dataclasses.asdict(Config(mixup_prob=0.5, ema_decay=0.9))
+    old |= {"mixup": old.pop("mixup_prob"), "average": old.pop("ema_decay")}
+    assert Config.from_record(old) == Config(mixup_prob=0.5, ema_decay=0.9)
+
+
+def test_grid_without_arguments_is_the_courseworks():
+    configs = grid()
+    assert len(configs) == len(set(configs)) == 8
+    assert {(c.lr, c.dropout_p, c.batch_size) for c in configs} == {
+        (lr, dropout_p, batch_size) for lr in (0.01, 0.001) for dropout_p in (0.0, 0.1) for batch_size in (256, 512)
+    }
+    assert {dataclasses.replace(c, lr=1, dropout_p=0, batch_size=1) for c in configs} == {Config(lr=1, batch_size=1)}
+
+
+def test_grid_varies_any_field():
+    configs = grid([0.01], [0.0], [256], np.arange(2), num_epochs=3, num_blocks=range(1, 3), patch_size=[(7, 7), 14])
+    assert len(configs) == 8 and {c.num_epochs for c in configs} == {3}
+    assert {(c.seed, c.num_blocks, c.patch_size) for c in configs} == {
+        (seed, blocks, size) for seed in (0, 1) for blocks in (1, 2) for size in ((7, 7), (14, 14))
+    }
+    assert grid(recipe="modern", lrs=[0.5])[0].optimiser == "muon"
+    for one, several in {"lr": "lrs", "dropout_p": "dropouts", "batch_size": "batch_sizes", "seed": "seeds"}.items():
+        with pytest.raises(TypeError, match=several):
+            grid(recipe="modern", **{one: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: grid(num_epoch=2), "num_epochs"),
+        (lambda: Config(optimizer="adam"), "optimiser"),
+        (lambda: grid(seeds=3), "seeds"),
+        (lambda: grid(recipe="secret"), "recipe is 'secret'"),
+    ],
+)
+def test_names_the_argument_that_is_meant(make, words):
+    with pytest.raises((TypeError, ValueError), match=words) as error:
+        make()
+    assert "\n" not in str(error.value)

@@ -14,11 +14,10 @@ import pytest
 
 from mixer import records, run_grid
 from mixer.config import Config
-from mixer.system.files import check_writable, write_whole
 from mixer.records import RecordError, read_record, write_record
 from mixer.runner import GridError
+from mixer.system.files import PROJECT, check_writable, write_whole
 
-ROOT = Path(__file__).parent.parent
 CONFIG = Config(num_epochs=2)
 
 
@@ -34,7 +33,7 @@ def record() -> dict:
         }
         for number in (1, 2)
     ]
-    environment = {"torch": "2", "device": "cpu: X", "threads": 2, "precision": "float32", "path": "plain"}
+    environment = {"torch": "2", "device": "cpu: X", "threads": 2, "precision": "float32", "path": "eager"}
     environment |= {"commit": "0", "data_sha256": {}}
     return {
         "format": 1,
@@ -52,13 +51,23 @@ def put(content: dict | str | bytes, folder: Path) -> Path:
     return path
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path):
+def test_is_read_as_it_was_written(tmp_path):
     path = tmp_path / f"{CONFIG.name}.json"
     write_record(record(), path)
-    assert read_record(path) == json.loads(json.dumps(record()))
+    assert json.dumps(read_record(path)) == json.dumps(record())
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    for path in sorted((ROOT / "results").glob("lr*.json")):  # and so are those that there are
-        read_record(path)
+
+
+def test_committed_records_are_read():
+    found = [read_record(path) for path in (PROJECT / "results").rglob("lr*.json")]
+    assert len(found) > 210 and all("fingerprint" in record for record in found)
+    assert {record["environment"]["path"] for record in found} == {"fused", "graphs", "eager"}
+    assert {record["config"]["mixup_prob"] for record in found} == {0.0, 0.5, 1.0}  # once called mixup
+
+
+def test_a_record_of_ones_own_model_has_any_name(tmp_path):
+    write_record(record() | {"model": "mine"}, tmp_path / "mine.json")
+    assert read_record(tmp_path / "mine.json")["model"] == "mine"
 
 
 def changed(**places) -> dict:
@@ -81,39 +90,26 @@ WRONG = {
     "a word": ('"record"', ""),
     "nothing": ("null", ""),
     "nested without end": ("[" * 100_000, ""),
-    "not a number": (json.dumps(changed(history__1__test_loss=float("nan"))), "NaN"),
-    "infinite": (json.dumps(changed(history__1__seconds=float("inf"))), "Infinity"),
-    "huge": (json.dumps(record()).replace("0.75", "1e999"), "train_accuracy"),
     "huge whole number": (json.dumps(record()).replace("0.75", "9" * 5000), ""),
     "lacks its config": ("{}", "lacks 'config'"),
     "another format": (changed(format=9), "format is 9"),
-    "another config": (changed(config__seed=1), "should be called"),
+    "another config": (changed(config__seed=1), "its name should be"),
     "an unknown field": (changed(config__learning_rate=1), "learning_rate"),
     "an impossible config": (changed(config__lr=-1), "lr is -1"),
-    "too few epochs": (changed(history=record()["history"][:1]), "1 of 2 epochs"),
-    "too many epochs": (changed(history=record()["history"] * 2), "4 of 2 epochs"),
-    "epochs in disorder": (changed(history=record()["history"][::-1]), "its epoch 1 says that it is 2"),
+    "too few epochs": (changed(history=record()["history"][:1]), "epochs from 1 to 2"),
+    "too many epochs": (changed(history=record()["history"] * 2), "epochs from 1 to 2"),
+    "epochs in disorder": (changed(history=record()["history"][::-1]), "epochs from 1 to 2"),
     "epochs that are no list": (changed(history={"0": 1, "1": 2}), ""),
     "an epoch that is no dict": (changed(history=[1, 2]), ""),
-    "accuracy in percent": (changed(history__0__test_accuracy=88.2), "test_accuracy of epoch 1 is 88.2"),
-    "a negative loss": (changed(history__1__train_loss=-0.1), "train_loss of epoch 2"),
-    "a word for a number": (changed(history__1__train_loss="0.1"), "train_loss of epoch 2"),
-    "a truth for a number": (changed(history__1__train_accuracy=True), "train_accuracy of epoch 2"),
+    "a word for a number": (changed(history__1__train_loss="much"), "much"),
     "an epoch that lacks one": (changed(history__1={"epoch": 2}), "lacks"),
-    "an epoch that is a truth": (changed(history__0__epoch=True), "its epoch 1 says that it is True"),
-    "threads that are a truth": (changed(environment__threads=True), "threads is True"),
-    "another precision": (changed(environment__precision="float8"), "precision is 'float8'"),
-    "another path": (changed(environment__path=3), "path is 3"),
-    "threads in words": (changed(environment__threads="two"), "threads is 'two'"),
     "no environment": (changed(environment=[]), ""),
-    "diverged late": (changed(diverged={"epoch": 4, "step": 1}), "diverged where it cannot"),
-    "diverged at no step": (changed(diverged={"epoch": 3, "step": 0}), "diverged where it cannot"),
     "diverged in a word": (changed(diverged="yes"), ""),
 }
 
 
 @pytest.mark.parametrize(("content", "reason"), WRONG.values(), ids=WRONG)
-def test_what_is_no_record_is_one_sentence_and_is_kept(tmp_path, content, reason):
+def test_rejects_what_is_no_record_and_keeps_it(tmp_path, content, reason):
     path = put(content, tmp_path)
     before = path.read_bytes()
     with pytest.raises(RecordError, match="is not a record of a finished run") as error:
@@ -123,7 +119,7 @@ def test_what_is_no_record_is_one_sentence_and_is_kept(tmp_path, content, reason
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling link", "link to itself", "pipe"])
-def test_what_is_no_file_is_one_sentence(tmp_path, kind):
+def test_rejects_what_is_no_regular_file(tmp_path, kind):
     path = tmp_path / f"{CONFIG.name}.json"
     if kind == "folder":
         path.mkdir()
@@ -138,7 +134,7 @@ def test_what_is_no_file_is_one_sentence(tmp_path, kind):
     assert os.path.lexists(path)
 
 
-def test_what_is_not_there_is_not_there(tmp_path):
+def test_missing_record_is_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_record(tmp_path / "lr1.json")
 
@@ -167,7 +163,7 @@ def git(folder: Path, *arguments: str) -> str:
 def repository(tmp_path) -> Path:
     """A repository with a copy of the package in it."""
     folder = tmp_path / "prüfung"
-    shutil.copytree(ROOT / "mixer", folder / "mixer", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PROJECT / "mixer", folder / "mixer", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "README.md").write_text("Read me.")
     (folder / ".gitignore").write_text("__pycache__/\n")
     git(tmp_path, "init", "-q", str(folder))
@@ -177,7 +173,7 @@ def repository(tmp_path) -> Path:
     return folder
 
 
-def test_the_commit_is_the_packages_with_a_plus_where_it_differs(repository, commit_of, monkeypatch):
+def test_commit_has_a_plus_where_the_package_differs(repository, commit_of, monkeypatch):
     head = git(repository, "rev-parse", "--short=12", "HEAD")
     assert commit_of(repository / "mixer") == head
     (repository / "README.md").write_text("Changed.")
@@ -190,18 +186,18 @@ def test_the_commit_is_the_packages_with_a_plus_where_it_differs(repository, com
     assert commit_of(repository / "mixer") == f"{head}+"
     git(repository, "commit", "-q", "-m", "second")
     assert commit_of(repository / "mixer") == git(repository, "rev-parse", "--short=12", "HEAD") != head
-    with (repository / "mixer" / "train.py").open("a") as file:
+    with (repository / "mixer" / "training.py").open("a") as file:
         file.write("# changed")
     assert commit_of(repository / "mixer").endswith("+")
 
 
-def test_an_unpacked_archive_has_no_commit_not_even_of_a_repository_around_it(repository, commit_of):
+def test_unpacked_archive_has_no_commit(repository, commit_of):
     unpacked = repository / "downloads" / "mixer"
     shutil.copytree(repository / "mixer", unpacked)
     assert commit_of(unpacked) == "unknown"
 
 
-def test_without_git_there_is_no_commit(repository, commit_of, monkeypatch):
+def test_commit_is_unknown_without_git(repository, commit_of, monkeypatch):
     monkeypatch.setenv("PATH", str(repository))
     assert commit_of(repository / "mixer") == "unknown"
 
@@ -209,7 +205,7 @@ def test_without_git_there_is_no_commit(repository, commit_of, monkeypatch):
 # ---------------------------------------------------------------- files
 
 
-def test_what_cannot_be_written_is_one_sentence(tmp_path):
+def test_unwritable_place_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file" / "below"):
         for write in (check_writable, lambda path: write_whole(path, b"content")):
@@ -220,17 +216,17 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "new"] and not list((tmp_path / "new").iterdir())
 
 
-def test_only_a_file_is_written_over(tmp_path):
+def test_writes_over_regular_files_only(tmp_path):
     """A pipe would be waited for, and a device be replaced."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for path in (tmp_path / "pipe", tmp_path / "link", Path(os.devnull)):
-        with pytest.raises(OSError, match="because it is no file: give the name of a file"):
+        with pytest.raises(OSError, match="because it is not a regular file"):
             check_writable(path)
         assert os.path.lexists(path)
 
 
-def test_two_that_write_the_same_file_do_not_spoil_it(tmp_path):
+def test_two_writers_do_not_spoil_a_file(tmp_path):
     path, contents, start = tmp_path / "record.json", [b"a" * 100_000, b"b" * 100_000], threading.Barrier(2)
 
     def write(content):
@@ -245,7 +241,7 @@ def test_two_that_write_the_same_file_do_not_spoil_it(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     write_whole(path, b"before")
 
