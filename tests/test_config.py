@@ -1,6 +1,7 @@
 """Two equal configs are the same run, and two different ones never share a name."""
 
 import dataclasses
+import inspect
 import json
 import random
 from decimal import Decimal
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixer.config import Config, grid
+from mixer import Config, grid, run_grid, train
 
 
 @pytest.mark.parametrize(
@@ -177,16 +178,37 @@ def test_grid_varies_any_field():
             grid(recipe="modern", **{one: 0.5})
 
 
+@pytest.mark.parametrize("several", [range(1, 4), np.arange(1, 4), (1, 2, 3), (n for n in (1, 2, 3))], ids=type)
+def test_grid_takes_one_value_or_several(several):
+    configs = grid(lrs=0.1, dropouts=np.float64(0.2), batch_sizes=64, patch_size=(7, 4), num_blocks=several)
+    assert configs == [Config(0.1, 0.2, 64, patch_size=(7, 4), num_blocks=blocks) for blocks in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "sentence"),
     [
-        (lambda: grid(num_epoch=2), "num_epochs"),
-        (lambda: Config(optimizer="adam"), "optimiser"),
-        (lambda: grid(seeds=3), "seeds"),
-        (lambda: grid(recipe="secret"), "recipe is 'secret'"),
+        (lambda: grid(num_epoch=2), "grid takes no num_epoch; did you mean num_epochs?"),
+        (lambda: grid(seed=3), "grid takes no seed; did you mean seeds?"),
+        (lambda: grid(seeds=3), "seeds is 3, but it has to be a list of seeds: range(3), or [3]"),
+        (lambda: grid(recipe="secret"), "recipe is 'secret', but it has to be one of coursework, "),
+        (lambda: Config(optimizer="adam"), "Config takes no optimizer; did you mean optimiser?"),
+        (lambda: Config(learning_rate=0.1), "Config takes no learning_rate; did you mean lr?"),
+        (lambda: Config(xyzzy=1), "Config takes no xyzzy"),
+        (lambda: dataclasses.replace(Config(), average=0.9), "Config takes no average; did you mean ema_decay?"),
+        (lambda: train({"lr": 0.1}), "config is a dict, but it has to be a Config: Config(**config)"),
+        (lambda: train([Config()]), "config is a list, but it has to be a Config"),
+        (lambda: run_grid([Config(), None]), "config is a NoneType, but it has to be a Config"),
+        (lambda: run_grid({"lr": 0.1}), "config is a dict, but it has to be a Config: Config(**config)"),
     ],
 )
-def test_names_the_argument_that_is_meant(make, words):
-    with pytest.raises((TypeError, ValueError), match=words) as error:
+def test_names_the_argument_that_is_wrong_and_the_right_one(make, sentence):
+    with pytest.raises((TypeError, ValueError)) as error:
         make()
-    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+def test_help_lists_every_field_with_its_words():
+    text = inspect.getdoc(Config)
+    assert all(f"\n{field.name}: " in text for field in dataclasses.fields(Config))
+    assert "\ngelu: exact, tanh; tanh: the approximation" in text
+    assert str(inspect.signature(Config)).startswith("(lr: float = 0.01, dropout_p: float = 0.0, ")
