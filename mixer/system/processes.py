@@ -51,6 +51,7 @@ def worker_pool(jobs: int) -> Iterator[Executor]:
 
 def _start_workers(pool: Executor, jobs: int) -> None:
     """Start them in a thread: Python raises KeyboardInterrupt in the main thread only, so Ctrl-C halves no start."""
+    workers = []
     try:
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_block_ctrl_c).result()

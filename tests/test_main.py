@@ -1,0 +1,85 @@
+"""The command line trains a grid, prints a table, and says in one sentence what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import pytest
+from test_runner import tiny, write_data
+
+from mixer.__main__ import main
+from mixer.records import read_records, record_path
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "mixer", *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_two_jobs_train_and_print_a_table_and_how_to_draw_it(tmp_path, capsys, monkeypatch):
+    matplotlib.use("agg")
+    data, results = write_data(tmp_path / "letters", seed=0), tmp_path / "it's here"
+    options = "--lr 0.01 --dropout 0.1 --batch-size 16 --seeds 0 1 --num-epochs 1 --num-blocks 1 --patch-size 4x4"
+    options += " --patches-mlp-dim 16 --channels-mlp-dim 16 --device cpu"
+    arguments = ["--results", results, "--data", data, *options.split()]
+    outcome = command(*arguments, "--jobs", 2)
+    assert outcome.returncode == 0 and "100%" in outcome.stderr and "Warning" not in outcome.stderr, outcome.stderr
+    assert [record["config"]["seed"] for record in read_records(results)] == [0, 1]
+    header, first, second, *_ = outcome.stdout.splitlines()
+    assert header.split()[0] == "run" and [row.split()[0] for row in (first, second)] == [tiny(0).name, tiny(1).name]
+    main([*map(str, arguments)])  # reads the records, and says the same
+    assert capsys.readouterr() == (outcome.stdout, "")
+    monkeypatch.chdir(tmp_path)
+    exec(outcome.stdout.partition("in Python:\n")[2])
+    assert (tmp_path / "accuracy.png").exists()
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "Without arguments: the coursework's eight runs.",
+        "--lr X [X ...] learning rate (0.01 0.001)",
+        "--patch-size X [X ...] height and width of a patch, in pixels (4x4)",
+        "--teacher X [X ...] name of the network that the run is distilled from, in place of the labels (none)",
+        "--limit X [X ...] train on the first so many images only, and test on as many (all)",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--dropout 1.5", "dropout_p is 1.5, but it has to be a number from 0.0 to below 1"),
+        ("--jobs 0", "jobs is 0, but it has to be a whole number above 0"),
+        ("--patch-size 4x", "--patch-size: one size or two, like 4 or 4x4, not '4x'"),
+        ("--patch-size 4,4", "not '4,4'"),
+        ("--flip true", "--flip: yes or no, not 'true'"),
+        ("--optimiser magic", "optimiser is 'magic', but it has to be one of adam, "),
+        ("--mixup 0.5", "did you mean --mixup-prob?"),
+        ("--device abacus", "there is no device 'abacus' here: give cpu, cuda or mps"),
+        ("--data nowhere", "nowhere"),
+        ("--limit 70000", "ValueError: limit is 70000, but must be from 1 to 60000"),
+        ("--results ~no-such-user/results", "~no-such-user/results begins with a home folder that does not exist"),
+    ],
+)
+def test_says_in_one_sentence_what_is_wrong(tmp_path, capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--results", str(tmp_path), "--lr", "0.01", "--num-blocks", "1", "--jobs", "1", *arguments.split()])
+    said = f"{stopped.value}\n{capsys.readouterr().err}"
+    assert stopped.value.code and sentence in said and "Traceback" not in said
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_names_a_foreign_record_and_keeps_it(tmp_path):
+    path = record_path(tiny(), tmp_path)
+    path.write_text("{}")
+    options = "--lr 0.01 --dropout 0.1 --batch-size 16 --num-epochs 1 --num-blocks 1 --patch-size 4"
+    options += " --patches-mlp-dim 16 --channels-mlp-dim 16"
+    with pytest.raises(SystemExit, match=r"is not a record of a finished run \(it lacks 'config'\): remove it"):
+        main(["--results", str(tmp_path), *options.split()])
+    assert path.read_text() == "{}"

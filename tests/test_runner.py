@@ -1,0 +1,300 @@
+"""The grid skips finished runs, resumes interrupted ones, survives a killed worker, and stops when told to."""
+
+import functools
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import pkgutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import mixer
+from mixer import data as fashion_mnist
+from mixer import runner
+from mixer.baselines import distillation
+from mixer.checkpoint import last_weights
+from mixer.config import Config
+from mixer.records import RecordError, read_records, record_path, weights_path
+from mixer.runner import GridError, run_grid
+from mixer.system.files import unseal
+from mixer.training import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def tiny(seed: int = 0, num_epochs: int = 1, **others) -> Config:
+    """A run on :func:`own_data` whose epochs take milliseconds."""
+    size = {"num_blocks": 1, "patch_size": 4, "patches_mlp_dim": 16, "channels_mlp_dim": 16}
+    return Config(**{"batch_size": 16, "seed": seed, "num_epochs": num_epochs, "dropout_p": 0.1} | size | others)
+
+
+TWO = [tiny(0), tiny(1)]
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory) -> Path:
+    """A data set of one's own: three classes of 8 × 8 pixels, as IDX files."""
+    return write_data(tmp_path_factory.mktemp("data") / "letters", seed=0)
+
+
+def write_data(folder: Path, seed: int) -> Path:
+    folder.mkdir()
+    for name, count in (("train", 60), ("t10k", 30)):
+        images = torch.randint(256, (count, 8, 8), generator=torch.Generator().manual_seed(seed))
+        for kind, tensor in (("images-idx3", images), ("labels-idx1", torch.arange(count) % 3)):
+            (folder / f"{name}-{kind}-ubyte").write_bytes(fashion_mnist.idx_file(tensor))
+    return folder
+
+
+@pytest.fixture
+def run(own_data) -> Callable[..., list[dict]]:
+    return functools.partial(run_grid, device="cpu", progress=False, data=own_data)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[Config]:
+    """The configs that are trained in this process from now on."""
+    return count(monkeypatch)
+
+
+def count(monkeypatch) -> list[Config]:
+    configs = []
+    monkeypatch.setattr(runner, "train", lambda config, **how: configs.append(config) or train(config, **how))
+    return configs
+
+
+def timeless(records: list[dict]) -> list[list[dict]]:
+    return [[epoch | {"seconds": 0} for epoch in record["history"]] for record in records]
+
+
+def test_trains_each_run_once_and_reads_it_ever_after(run, trained, tmp_path, own_data, monkeypatch):
+    records = run(TWO, tmp_path)
+    assert trained == TWO and [Config(**record["config"]) for record in records] == TWO
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert run(TWO[::-1], f"~/{tmp_path.name}", jobs=2) == records[::-1] == read_records(tmp_path)[::-1]
+    assert trained == TWO and all(weights_path(config, tmp_path).exists() for config in TWO)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    made = records[0]["environment"]
+    assert (made["data"], made["data_sha256"]) == ("letters", fashion_mnist.load_folder(own_data).sha256)
+
+
+def test_names_a_failed_run_at_the_end_and_trains_the_others(run, tmp_path):
+    absent = [tiny(seed, limit=61) for seed in (0, 1)]
+    with pytest.raises(GridError, match=r"^2 of .*\n  .*limit61.*, .*limit61.*: ValueError: limit is 61") as error:
+        run([absent[0], TWO[0], absent[1]], tmp_path)
+    assert list(error.value.failures) == absent and str(error.value).count("\n") == 1
+    assert [Config(**record["config"]) for record in read_records(tmp_path)] == TWO[:1]
+
+
+def test_rejects_results_that_cannot_be_written_before_training(run, trained, tmp_path):
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(OSError, match="cannot be written"):
+        run(TWO, tmp_path / "results")
+    assert trained == []
+
+
+@pytest.mark.parametrize("put", [Path.touch, os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_foreign_record_fails_its_run_only_and_is_kept(run, tmp_path, put):
+    """A pipe would be waited for, and a link to nothing be written through."""
+    path = record_path(TWO[0], tmp_path)
+    put(path)
+    before = path.lstat().st_ino, path.lstat().st_mtime_ns
+    with pytest.raises(GridError, match=r"^1 of .*\n.*is not a record of a finished run"):
+        run(TWO, tmp_path)
+    assert (path.lstat().st_ino, path.lstat().st_mtime_ns) == before and record_path(TWO[1], tmp_path).exists()
+    with pytest.raises(RecordError):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize("part", [{}, {"limit": 30}, {"validation": True}], ids=str)
+def test_rejects_a_record_made_otherwise(run, tmp_path, part):
+    config = tiny(**part)
+    records = run([config], tmp_path, precision="float32")
+    assert run([config], tmp_path, precision="float32") == records
+    other = write_data(tmp_path / "other", seed=1)
+    for what, value in (("precision", "bfloat16"), ("device", "cuda"), ("data", other), ("data", None)):
+        with pytest.raises(GridError, match=f"is a record of another {what} than asked for: give another folder"):
+            run([config], tmp_path, **{what: value})
+
+
+def test_rejects_a_record_of_another_teacher(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(distillation, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(distillation, "data_folder", lambda: tmp_path)
+    student, taught = tiny(teacher="little"), Config(network="conv", batch_size=30, num_epochs=1)
+    run([taught], tmp_path / "teachers")
+    weights = last_weights(weights_path(taught, tmp_path / "teachers")).rename(tmp_path / "little.safetensors")
+    records = run([student], tmp_path / "students")
+    assert run([student], tmp_path / "students") == records
+    weights.write_bytes(b"others")
+    with pytest.raises(GridError, match="is a record of another teacher than asked for"):
+        run([student], tmp_path / "students")
+    weights.unlink()  # as for those who have the records alone
+    assert run([student], tmp_path / "students") == records
+
+
+def test_rejects_a_record_of_other_code(run, tmp_path):
+    [record] = run(TWO[:1], tmp_path)
+    other = record | {"fingerprint": record["fingerprint"] | {"gradient": 1.0}}
+    record_path(TWO[0], tmp_path).write_text(json.dumps(other))
+    with pytest.raises(GridError, match=r"was trained by other code \(.*gradient.*\): give another folder"):
+        run(TWO[:1], tmp_path)
+    assert read_records(tmp_path) == [other]
+
+
+def test_threads_train_the_records_of_runs_in_turn(run, tmp_path):
+    configs = [tiny(seed, num_epochs=3) for seed in range(4)]
+    with ThreadPoolExecutor(4) as executor:
+        together = run(configs, tmp_path / "together", executor=executor)
+    assert timeless(together) == timeless(run(configs, tmp_path / "in turn"))
+    assert len({json.dumps(history) for history in timeless(together)}) == 4
+
+
+def test_dask_trains_the_same_records(run, tmp_path):
+    """As README's lines for Slurm do it: one process a job, with a thread for each of its cores."""
+    distributed = pytest.importorskip("distributed")
+    configs = [tiny(seed) for seed in range(3)]
+    with distributed.Client(n_workers=1, threads_per_worker=3, dashboard_address=None) as client:
+        records = run(configs, tmp_path / "dask", executor=client.get_executor())
+    assert timeless(records) == timeless(run(configs, tmp_path / "here"))
+
+
+def test_two_grids_at_once_train_each_run_once(run, trained, tmp_path):
+    configs = [tiny(seed, num_epochs=5) for seed in range(6)]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as elsewhere:
+        others = elsewhere.submit(trained_by, run, configs[::-1], tmp_path)
+        until((tmp_path / "checkpoints").exists)
+        run(configs, tmp_path)
+        assert sorted(config.seed for config in trained + others.result()) == list(range(6))
+
+
+def trained_by(run, configs, results) -> list[Config]:
+    with pytest.MonkeyPatch.context() as patch:
+        trained = count(patch)
+        run(configs, results)
+        return trained
+
+
+def test_killed_worker_costs_no_epoch(run, tmp_path):
+    configs, kept = [tiny(seed, num_epochs=25) for seed in (0, 1)], {}
+
+    def kill() -> None:
+        until(lambda: kept.update(kept_histories(configs, tmp_path)) or kept)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    records = run(configs, tmp_path, jobs=2)
+    killer.join()
+    assert kept and resume(records, kept)
+
+
+def test_worker_killed_again_and_again_says_how_to_go_on(run, tmp_path):
+    done = threading.Event()
+
+    def kill() -> None:
+        while not done.wait(0.1):
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(GridError, match="a worker process was killed; run the grid again to resume") as error:
+            run(TWO, tmp_path, jobs=2)
+    finally:
+        done.set()
+        killer.join()
+    assert list(error.value.failures) == TWO and str(error.value).count("\n") == 1
+    executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), os._exit, (1,))
+    with executor, pytest.raises(GridError, match="a worker process was killed"):
+        run(TWO, tmp_path, executor=executor)
+    assert len(run(TWO, tmp_path)) == 2
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
+def test_stopped_grid_leaves_no_process_and_resumes(run, tmp_path, own_data, stop):
+    """SIGINT reaches all processes, as from a terminal, SIGKILL the first one."""
+    configs = [tiny(seed, num_epochs=25) for seed in (0, 1)]
+    options = "--lr 0.01 --dropout 0.1 --batch-size 16 --seeds 0 1 --num-epochs 25 --num-blocks 1 --patch-size 4"
+    options += f" --patches-mlp-dim 16 --channels-mlp-dim 16 --jobs 2 --data {own_data} --results {tmp_path}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, "-m", "mixer", *options.split()]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    until(lambda: kept_histories(configs, tmp_path))
+    (os.killpg if stop == signal.SIGINT else os.kill)(process.pid, stop)
+    output, _ = process.communicate(timeout=60)
+    if stop == signal.SIGINT:
+        assert output.endswith("Stopped; the same command resumes from here.\n") and "Traceback" not in output
+    until(lambda: is_gone(process.pid))
+    kept = kept_histories(configs, tmp_path)
+    assert kept and not list(tmp_path.glob("*.json"))
+    assert resume(run(list(kept), tmp_path), kept)
+
+
+def kept_histories(configs, results) -> dict[Config, list[dict]]:
+    """Those of the runs that have a checkpoint."""
+    files = {config: results / "checkpoints" / f"{config.name}.pt" for config in configs}
+    contents = {config: io.BytesIO(unseal(file.read_bytes())) for config, file in files.items() if file.exists()}
+    return {config: torch.load(content, weights_only=True)["history"] for config, content in contents.items()}
+
+
+def resume(records, kept) -> bool:
+    """Whether these records go on from what was kept: seconds and all."""
+    histories = {Config(**record["config"]): record["history"] for record in records}
+    return all(histories[config][: len(history)] == history for config, history in kept.items())
+
+
+def is_gone(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+        return False
+    except ProcessLookupError:
+        return True
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_exceptions_survive_pickling():
+    modules = [importlib.import_module(module.name) for module in pkgutil.walk_packages(mixer.__path__, "mixer.")]
+    found = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    own = {kind for kind in found if issubclass(kind, BaseException) and kind.__module__.startswith("mixer.")}
+    assert len(own) >= 4
+    for kind in own:
+        error = kind({tiny(): "it fails"} if kind is GridError else "it fails")
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind and str(again) == str(error) and vars(again) == vars(error)
+
+
+def test_grid_in_a_pools_worker_reports_its_error(run, tmp_path):
+    """A worker of multiprocessing.Pool may have no processes of its own; an error that is not pickled would hang it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with pytest.raises(OSError, match=r"^Worker processes cannot be started \(daemonic .*\): train with jobs=1\.$"):
+            pool.apply_async(run, (TWO, tmp_path), {"jobs": 2}).get(60)
+        with pytest.raises(GridError, match="limit is 61"):
+            pool.apply_async(run, ([tiny(limit=61)], tmp_path)).get(60)
+
+
+def test_script_without_a_guard_is_told_so_once(tmp_path, own_data):
+    call = f"run_grid(grid(num_epochs=1), {str(tmp_path)!r}, jobs=2, data={str(own_data)!r})"
+    (tmp_path / "script.py").write_text(f"from mixer import grid, run_grid\n{call}")
+    command, environment = [sys.executable, tmp_path / "script.py"], os.environ | {"PYTHONPATH": str(ROOT)}
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert outcome.returncode == 1 and outcome.stderr.count("Error") == outcome.stderr.count("Traceback") + 1 == 2
+    assert 'in a script, call run_grid under `if __name__ == "__main__":`' in outcome.stderr.splitlines()[-1]
