@@ -1,5 +1,7 @@
 """The command line trains a grid, prints a table, and says in one sentence what is wrong."""
 
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 from test_runner import tiny, write_data
 
 from mixer.__main__ import main
+from mixer.config import Config
 from mixer.records import read_records, record_path
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +54,18 @@ def test_help_explains_every_option(capsys):
         assert part in text
 
 
+def test_help_puts_every_field_in_a_group(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    _, *groups = re.split(r"\n(the grid|the model|the training|the data|where and how):\n", capsys.readouterr().out)
+    pairs = zip(groups[::2], groups[1::2], strict=True)
+    options = {name: re.findall(r"^  --([\w-]+)", text, re.MULTILINE) for name, text in pairs}
+    assert options["the grid"] == ["lr", "dropout", "batch-size", "seeds", "recipe"]
+    assert options["the data"] == ["limit", "inputs", "validation", "data"]
+    assert options["where and how"] == ["results", "device", "precision", "jobs"]
+    assert sum(map(len, options.values())) == len(dataclasses.fields(Config)) + 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -61,6 +76,12 @@ def test_help_explains_every_option(capsys):
         ("--flip true", "--flip: yes or no, not 'true'"),
         ("--optimiser magic", "optimiser is 'magic', but it has to be one of adam, "),
         ("--mixup 0.5", "did you mean --mixup-prob?"),
+        ("--optimizer adam", "this command takes no --optimizer; did you mean --optimiser?"),
+        ("--learning-rate=0.1", "this command takes no --learning-rate; did you mean --lr?"),
+        ("--seed 1", "this command takes no --seed; did you mean --seeds?"),
+        ("--channels 32", "this command takes no --channels; did you mean --num-channels?"),
+        ("modern", "this command takes no modern\n"),
+        ("--patch-size 8", "ValueError: patches of 8×8 do not tile an image of 28×28\n"),
         ("--device abacus", "there is no device 'abacus' here: give cpu, cuda or mps"),
         ("--data nowhere", "nowhere"),
         ("--limit 70000", "ValueError: limit is 70000, but must be from 1 to 60000"),
@@ -71,7 +92,7 @@ def test_says_in_one_sentence_what_is_wrong(tmp_path, capsys, arguments, sentenc
     with pytest.raises(SystemExit) as stopped:
         main(["--results", str(tmp_path), "--lr", "0.01", "--num-blocks", "1", "--jobs", "1", *arguments.split()])
     said = f"{stopped.value}\n{capsys.readouterr().err}"
-    assert stopped.value.code and sentence in said and "Traceback" not in said
+    assert stopped.value.code and sentence in said and "Traceback" not in said and "again" not in said
     assert not list(tmp_path.glob("*.json"))
 
 
