@@ -103,7 +103,7 @@ class Fused:
 def _fused(model: nn.Module, images: Tensor) -> Choice:
     _ask(model)
     if not fused.available(bfloat16=torch.is_autocast_enabled("cpu")):
-        raise NotServed("the fused operator is not available")
+        raise NotServed("the fused operator is not available" if fused.WANTED else "MIXER_FUSED=0 asks for it")
     try:
         if model.num_channels != fused.CHANNELS:
             raise NotServed(f"it has {model.num_channels} channels, and the fused operator serves {fused.CHANNELS}")

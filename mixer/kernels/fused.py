@@ -23,7 +23,7 @@ CHANNELS = 16  # of the residual stream: what fused.cpp is written for
 EPS = 1e-6  # of its LayerNorms
 PARAMETERS = 12  # of a block
 _LAYERS = ("patches_norm", "patches_in", "patches_out", "channels_norm", "channels_in", "channels_out")
-_WANTED = os.environ.get("MIXER_FUSED", "1") != "0"
+WANTED = os.environ.get("MIXER_FUSED", "1") != "0"
 
 
 def parameters_of(blocks: Sequence[nn.Module]) -> list[Tensor]:
@@ -88,7 +88,7 @@ def check(x: Tensor, parameters: list[Tensor], seeds: Tensor) -> None:
 
 def available(bfloat16: bool = False) -> bool:
     """Whether the operator is there, and multiplies in bfloat16 where that is asked for."""
-    return _WANTED and _library() is not None and (not bfloat16 or bool(_library().mixing_has_bfloat16()))
+    return WANTED and _library() is not None and (not bfloat16 or bool(_library().mixing_has_bfloat16()))
 
 
 def multiplies_in_bfloat16() -> bool:
