@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import json
 import random
 from decimal import Decimal
@@ -14,55 +15,21 @@ import torch
 
 from mixer import Config, grid, run_grid, train
 
+IMPOSSIBLE = {
+    "lr": [-0.1, "fast", float("nan"), float("inf"), 10**400, True, None, torch.rand(100), Decimal("0.5")],
+    **{"dropout_p": [1.0, -1e-9], "batch_size": [0, 256.5, "256"], "num_epochs": [2.5], "seed": [-1, 2**32, False]},
+    **{"limit": [0], "num_blocks": [0], "patch_size": [(4, 4, 4), 0, "44"], "skip_connections": ["no"]},
+    **{"shift": [-1], "erase": [2.5], "flip": [np.array([1, 0]), torch.tensor([True, False])]},
+    **{"mixup_prob": [1.1], "label_smoothing": [-0.1], "ema_decay": [1], "temperature": [0]},
+    **{"optimiser": ["magic"], "schedule": ["cosine"], "network": ["transformer"], "teacher": ["../conv"]},
+    **{"gelu": ["fast"], "initialisation": [None], "inputs": ["raw"]},
+}
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"lr": -0.1},
-        {"lr": "fast"},
-        {"lr": float("nan")},
-        {"lr": float("inf")},
-        {"lr": 10**400},
-        {"lr": True},
-        {"lr": None},
-        {"dropout_p": 1.0},
-        {"dropout_p": -1e-9},
-        {"batch_size": 0},
-        {"batch_size": 256.5},
-        {"batch_size": "256"},
-        {"num_epochs": 2.5},
-        {"seed": -1},
-        {"seed": 2**32},
-        {"seed": False},
-        {"limit": 0},
-        {"num_blocks": 0},
-        {"patch_size": (4, 4, 4)},
-        {"patch_size": 0},
-        {"patch_size": "44"},
-        {"skip_connections": "no"},
-        {"optimiser": "magic"},
-        {"schedule": "cosine"},
-        {"shift": -1},
-        {"ema_decay": 1},
-        {"erase": 2.5},
-        {"mixup_prob": 1.1},
-        {"network": "transformer"},
-        {"teacher": "../conv"},
-        {"temperature": 0},
-        {"label_smoothing": -0.1},
-        {"flip": np.array([1, 0])},
-        {"flip": torch.tensor([True, False])},
-        {"lr": torch.rand(100)},
-        {"gelu": "fast"},
-        {"initialisation": None},
-        {"inputs": "raw"},
-    ],
-    ids=str,
-)
-def test_rejects_impossible_values_by_field_and_value(wrong):
-    [(name, value)] = wrong.items()
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, some in IMPOSSIBLE.items() for value in some])
+def test_rejects_impossible_values_by_field_and_value(name, value):
     with pytest.raises(ValueError, match=f"^{name} is ") as error:
-        Config(**wrong)
+        Config(**{name: value})
     assert repr(value)[:12] in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 150
 
 
@@ -70,16 +37,9 @@ def test_rejects_impossible_values_by_field_and_value(wrong):
 def test_takes_any_number_that_means_the_value(kind):
     config = Config(lr=kind(0.5), dropout_p=0, batch_size=np.int64(64), num_epochs=2.0, seed=np.uint8(3), patch_size=7)
     assert config == Config(0.5, 0.0, 64, 2, 3, patch_size=(7, 7))
-    assert [type(value) for value in (config.lr, config.dropout_p, config.batch_size, config.num_epochs)] == [
-        float,
-        float,
-        int,
-        int,
-    ]
+    assert list(map(type, dataclasses.astuple(config)[:5])) == [float, float, int, int, int]
     assert Config(lr=1) == Config(lr=1.0) and hash(Config(lr=1)) == hash(Config(lr=np.float32(1)))
     assert Config(dropout_p=-0.0).name == Config().name
-    with pytest.raises(ValueError, match="lr is"):
-        Config(lr=Decimal("0.5"))  # not a real number to Python
 
 
 def test_name_is_readable():
@@ -89,55 +49,27 @@ def test_name_is_readable():
     assert Config(patch_size=(7, 4), skip_connections=False).name.endswith("_patch7x4_noskip")
 
 
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [
-        ({"temperature": 2}, "temperature applies with a teacher only"),
-        ({"teacher": "conv", "erase": 8}, "teacher goes with flip, shift and mixup_prob, not with"),
-        ({"teacher": "conv", "label_smoothing": 0.1}, "teacher goes with flip, shift and mixup_prob, not with"),
-        ({"network": "conv", "num_blocks": 4}, "num_blocks applies to network='mixer' only"),
-        ({"network": "mlp", "whiten": True}, "whiten applies to network='mixer' only"),
-    ],
-)
-def test_rejects_fields_that_do_not_go_together(fields, reason):
-    with pytest.raises(ValueError, match=reason):
+@pytest.mark.parametrize("fields", [{"temperature": 2}, {"teacher": "a", "erase": 8}, {"whiten": 1, "network": "mlp"}])
+def test_rejects_fields_that_do_not_go_together(fields):
+    with pytest.raises(ValueError, match=f"^{next(iter(fields))} (applies|goes) "):
         Config(**fields)
 
 
 def test_no_two_configs_share_a_name():
-    choose, words = random.Random(0), {field.name: get_args(field.type) for field in dataclasses.fields(Config)}
+    choose = random.Random(0)
     values = {
         "lr": [0.01, 0.0100001, 0.01000000001, 1e-5, 1.0, 1e16, 1e17],
         "dropout_p": [0, 0.1, 0.1 + 1e-12, 0.1 + 2e-16],
         "batch_size": [1, 11, 256],
-        "num_epochs": [1, 60, 160],
-        "seed": [0, 1, 11],
-        "limit": [None, 1, 11],
-        "num_blocks": [1, 8],
+        **{"num_epochs": [1, 60, 160], "seed": [0, 1, 11], "limit": [None, 1, 11], "num_blocks": [1, 8]},
         "patch_size": [(1, 4), (4, 4), (4, 1), (14, 1)],
-        "num_channels": [8, 16],
-        "patches_mlp_dim": [8, 1024],
-        "channels_mlp_dim": [8, 512],
-        "skip_connections": [True, False],
-        "gelu": ["exact", "tanh"],
-        "initialisation": ["flax", "pytorch", "identity"],
-        "whiten": [True, False],
-        "inputs": ["normalised", "scaled"],
-        "optimiser": words["optimiser"],
-        "weight_decay": [0, 0.01],
-        "schedule": words["schedule"],
-        "flip": [True, False],
-        "shift": [0, 1, 2],
-        "erase": [0, 4],
-        "mixup_prob": [0, 0.5, 1],
-        "label_smoothing": [0, 0.1],
-        "network": ["mixer"],
-        "teacher": ["", "conv", "conv-1"],
-        "temperature": [1, 2.5],
-        "ema_decay": [0, 0.9, 0.99],
-        "validation": [True, False],
+        **{"num_channels": [8, 16], "patches_mlp_dim": [8, 1024], "channels_mlp_dim": [8, 512]},
+        **{"weight_decay": [0, 0.01], "shift": [0, 1, 2], "erase": [0, 4], "mixup_prob": [0, 0.5, 1]},
+        **{"label_smoothing": [0, 0.1], "temperature": [1, 2.5], "ema_decay": [0, 0.9, 0.99]},
+        **{"network": ["mixer"], "teacher": ["", "conv", "conv-1"]},
     }
-    assert values.keys() == {field.name for field in dataclasses.fields(Config)}
+    for field in dataclasses.fields(Config):
+        values.setdefault(field.name, get_args(field.type) or [True, False])
     configs = {Config(network="mlp"), Config(network="conv")}
     for _ in range(20_000):
         drawn = {name: choose.choice(some) for name, some in values.items()}
@@ -149,33 +81,23 @@ def test_no_two_configs_share_a_name():
     assert all(set(config.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._+-") for config in configs)
 
 
-def test_comes_back_from_json_and_from_old_names():
+def test_comes_back_from_json():
     config = Config(0.003, 0.2, patch_size=(7, 4), optimiser="muon", limit=5)
     assert Config(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
-    old = dataclasses.asdict(Config(mixup_prob=0.5, ema_decay=0.9))
-    old |= {"mixup": old.pop("mixup_prob"), "average": old.pop("ema_decay")}
-    assert Config.from_record(old) == Config(mixup_prob=0.5, ema_decay=0.9)
 
 
 def test_grid_without_arguments_is_the_courseworks():
-    configs = grid()
-    assert len(configs) == len(set(configs)) == 8
-    assert {(c.lr, c.dropout_p, c.batch_size) for c in configs} == {
-        (lr, dropout_p, batch_size) for lr in (0.01, 0.001) for dropout_p in (0.0, 0.1) for batch_size in (256, 512)
-    }
-    assert {dataclasses.replace(c, lr=1, dropout_p=0, batch_size=1) for c in configs} == {Config(lr=1, batch_size=1)}
+    lists = (0.01, 0.001), (0.0, 0.1), (256, 512)
+    assert grid() == [Config(lr, dropout_p, batch_size) for lr, dropout_p, batch_size in itertools.product(*lists)]
 
 
 def test_grid_varies_any_field():
     configs = grid([0.01], [0.0], [256], np.arange(2), num_epochs=3, num_blocks=range(1, 3), patch_size=[(7, 7), 14])
-    assert len(configs) == 8 and {c.num_epochs for c in configs} == {3}
-    assert {(c.seed, c.num_blocks, c.patch_size) for c in configs} == {
-        (seed, blocks, size) for seed in (0, 1) for blocks in (1, 2) for size in ((7, 7), (14, 14))
-    }
+    assert configs == [
+        Config(seed=seed, num_epochs=3, num_blocks=blocks, patch_size=size)
+        for seed, blocks, size in itertools.product((0, 1), (1, 2), (7, 14))
+    ]
     assert grid(recipe="modern", lrs=[0.5])[0].optimiser == "muon"
-    for one, several in {"lr": "lrs", "dropout_p": "dropouts", "batch_size": "batch_sizes", "seed": "seeds"}.items():
-        with pytest.raises(TypeError, match=several):
-            grid(recipe="modern", **{one: 0.5})
 
 
 @pytest.mark.parametrize("several", [range(1, 4), np.arange(1, 4), (1, 2, 3), (n for n in (1, 2, 3))], ids=type)
@@ -189,6 +111,7 @@ def test_grid_takes_one_value_or_several(several):
     [
         (lambda: grid(num_epoch=2), "grid takes no num_epoch; did you mean num_epochs?"),
         (lambda: grid(seed=3), "grid takes no seed; did you mean seeds?"),
+        (lambda: grid(recipe="modern", lr=3), "grid takes no lr; did you mean lrs?"),
         (lambda: grid(seeds=3), "seeds is 3, but it has to be a list of seeds: range(3), or [3]"),
         (lambda: grid(recipe="secret"), "recipe is 'secret', but it has to be one of coursework, "),
         (lambda: Config(optimizer="adam"), "Config takes no optimizer; did you mean optimiser?"),
