@@ -1,13 +1,11 @@
-"""Predictions of a trained model: logits of a data set, classes of a picture of one's own.
+"""Predictions of a trained model: logits of a data set, and classes of a picture, ``classify("shoe.jpg")``."""
 
-from mixer import classify
-classify("shoe.jpg")            class -> probability, the likeliest first
-"""
-
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import pandas as pd
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
 from mixer.kernels.acceleration import choose
 from mixer.model import MlpMixer, count_patches
+from mixer.picture import prepare
 from mixer.system.device import autocast, threads_after_fork
 from mixer.system.files import SHIPPED, expand
 
@@ -26,14 +25,11 @@ EVAL_BATCH = 1000  # images at a time, which keeps the eager model's hidden laye
 WEIGHTS = SHIPPED / "best.safetensors"
 _FASHION_MNIST = {"data": "Fashion-MNIST", "image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
 _WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
+Picture = Path | str | bytes | Image.Image | np.ndarray | Tensor
 
 
 def predict(
-    model: nn.Module,
-    images: Tensor,
-    precision: str = "float32",
-    mean: float | None = None,
-    std: float | None = None,
+    model: nn.Module, images: Tensor, precision: str = "float32", mean: float | None = None, std: float | None = None
 ) -> Iterator[Tensor]:
     """The model's logits (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W).
 
@@ -53,44 +49,30 @@ def predict(
         yield logits  # outside, since a generator's contexts would hold for its caller too
 
 
-def classify(picture: Path | str | Image.Image | np.ndarray, weights: Path | str = WEIGHTS) -> pd.Series:
-    """Class -> probability, the likeliest first.
+def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False) -> pd.Series:
+    """Class -> probability, the likeliest first. Raises ValueError in one sentence.
 
-    picture: a file, a PIL image or an array (H, W) or (H, W, colours); of any size, see :func:`prepare`.
-    weights: a safetensors file of an ``MlpMixer`` of any sizes. Where it was trained on another data set than
-    Fashion-MNIST, classes are numbers.
-
-    Raises ValueError, which says in one sentence what is wrong with either.
+    picture: a file, its bytes, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W), of any size.
+    weights: a safetensors file of an ``MlpMixer`` of any sizes. Where its data set is not Fashion-MNIST, classes are
+    numbers, and the whole picture is what the model sees; else the object that :func:`prepare` finds.
+    show: draw what the model sees. Where that is unlike the data set, a log line says so.
     """
     threads_after_fork()
     with torch.inference_mode():
         model, origin = load_with_origin(weights)
         of_clothing = origin["data"].startswith("Fashion-MNIST")
-        image = torch.from_numpy(prepare(picture, origin["image"], invert=of_clothing))
-        inputs = normalise(image[None], origin["pixel_mean"], origin["pixel_std"])
+        image = prepare(open_picture(picture), origin["image"], find=of_clothing)
+        inputs = normalise(torch.from_numpy(image)[None], origin["pixel_mean"], origin["pixel_std"])
         probabilities = model(inputs).softmax(dim=1)[0].numpy()
     names = CLASSES if of_clothing and model.num_classes == len(CLASSES) else range(model.num_classes)
-    return pd.Series(probabilities, index=names, name="probability").sort_values(ascending=False, kind="stable")
+    answer = pd.Series(probabilities, index=names, name="probability").sort_values(ascending=False, kind="stable")
+    if show:
+        import matplotlib.pyplot as plt  # only here, since it is slow to import
 
-
-def prepare(
-    picture: Path | str | Image.Image | np.ndarray, size: tuple[int, int] = (28, 28), invert: bool = True
-) -> np.ndarray:
-    """A picture as the data set has them: grey, bright on dark, centred in a frame, (H, W) uint8 of ``size``.
-
-    What is transparent becomes white. With ``invert`` a picture whose border is bright, by its median, is taken to be
-    dark on light and inverted; not every data set is bright on dark. A picture that is as the data set's already comes
-    out as it went in. Raises ValueError.
-    """
-    grey = _grey(_array(picture) if isinstance(picture, np.ndarray) else _open(picture))
-    border = np.median(np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]]))
-    if invert and border > 127:
-        grey, border = 255 - grey, 255 - border
-    height, width = grey.shape
-    scale = max(height / size[0], width / size[1])
-    frame = Image.new("L", (max(width, round(scale * size[1])), max(height, round(scale * size[0]))), int(border))
-    frame.paste(Image.fromarray(grey), ((frame.width - width) // 2, (frame.height - height) // 2))
-    return np.array(frame.resize(size[::-1], Image.Resampling.LANCZOS))
+        axes = plt.figure(figsize=(2, 2)).add_subplot(title=answer.index[0], xticks=[], yticks=[])
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        plt.show()
+    return answer
 
 
 def load_model(weights: Path | str = WEIGHTS) -> MlpMixer:
@@ -128,46 +110,49 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
             raise ValueError
     except FileNotFoundError:
         raise ValueError(f"There are no weights in {weights}: train a run, or give another file.") from None
-    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError):
-        raise ValueError(f"{weights} does not hold the weights of an MlpMixer: give another file.") from None
+    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        problem = "does not hold the weights of an MlpMixer: give another file"
+        if isinstance(error, SafetensorError) and is_zipfile(expand(weights)):
+            problem = "was saved with torch.save: give a safetensors file, as train(weights=...) writes"
+        raise ValueError(f"{weights!s:.200} {problem}.") from None
     return model.eval(), origin
 
 
-def _open(picture: Path | str | Image.Image) -> Image.Image:
+def open_picture(picture: Picture) -> Image.Image:
+    """The picture in RGB, as it was held; on white where it is transparent, or on black if light. Raises ValueError."""
+    name = f"{picture!s:.200}" if isinstance(picture, str | Path) else f"The {type(picture).__name__} given"
     try:
-        image = picture if isinstance(picture, Image.Image) else Image.open(expand(picture))
-        return ImageOps.exif_transpose(image)  # as it was held, which also reads all of it
+        if isinstance(picture, Tensor):
+            picture = (picture.float() if picture.is_floating_point() else picture).detach().cpu().numpy()
+        if isinstance(picture, np.ndarray):
+            name = f"An array of {picture.dtype} and shape {picture.shape}"
+            picture = _from_array(picture)
+        if not isinstance(picture, Image.Image):
+            picture = Image.open(io.BytesIO(picture) if isinstance(picture, bytes | bytearray) else expand(picture))
+        image = ImageOps.exif_transpose(picture)
+        if image.mode[0] in "IF":  # more than eight bits, which convert() would cut off
+            image = _from_array(np.array(image))
+        if image.has_transparency_data:
+            grey, alpha = np.asarray(image.convert("LA"), dtype=float).T
+            backing = "black" if (grey * alpha).sum() > 127 * alpha.sum() else "white"
+            image = Image.alpha_composite(Image.new("RGBA", image.size, backing), image.convert("RGBA"))
+        return image.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"There is no picture {picture}.") from None
+        raise ValueError(f"There is no picture {name}.") from None
     except (OSError, SyntaxError, ValueError, AttributeError, TypeError, Image.DecompressionBombError):
-        raise ValueError(f"{picture} is not a picture that can be read: give a PNG or JPEG file.") from None
+        advice = "give a PNG or JPEG file, or finite numbers (height, width) or (height, width, 3)"
+        raise ValueError(f"{name} is not a picture that can be read: {advice}.") from None
 
 
-def _array(array: np.ndarray) -> Image.Image:
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if not shape_fits or array.size == 0 or array.dtype.kind not in "buif" or not np.isfinite(array).all():
-        raise ValueError(
-            f"An array of {array.dtype} and shape {array.shape} is not a picture: give finite numbers in the shape "
-            "(height, width) or (height, width, 3)."
-        )
-    return Image.fromarray(_bytes(array))
-
-
-def _grey(image: Image.Image) -> np.ndarray:
-    if min(image.size) == 0:
-        raise ValueError("The picture is empty.")
-    if image.mode[0] in "IF":  # more than eight bits, which convert() would cut off
-        return _bytes(np.array(image))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return np.array(image.convert("L"))
-
-
-def _bytes(values: np.ndarray) -> np.ndarray:
-    """Any numbers as bytes: whole ones up to 255 as they are, others from 0 (or the least) to the largest."""
-    if values.dtype.kind != "f" and values.min() >= 0 and values.max() <= 255 and values.dtype != bool:
-        return values.astype(np.uint8)
+def _from_array(values: np.ndarray) -> Image.Image:
+    """Finite numbers as eight bits: whole ones up to 255 as they are, others from 0 (or the least) to the largest."""
+    while values.ndim > 2 and 1 in (len(values), values.shape[-1]):
+        values = values[0] if len(values) == 1 else values[..., 0]
+    if values.ndim == 3 and values.shape[2] not in (3, 4):
+        values = np.moveaxis(values, 0, 2)
+    if values.dtype.kind not in "buif" or not np.isfinite(values).all():
+        raise ValueError
     low, high = min(0.0, float(values.min())), float(values.max())
-    return np.rint((values - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+    if values.dtype.kind in "bf" or low < 0 or high > 255:
+        values = np.rint((values - low) * (255 / ((high - low) or 1)))
+    return Image.fromarray(values.astype(np.uint8))

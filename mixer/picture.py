@@ -1,0 +1,92 @@
+"""A picture in the data set's format: grey, bright on black, the object filling the frame."""
+
+from logging import getLogger
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+CONTRAST = 12  # of 255: what differs less from the background belongs to it
+FILLED = 0.09, 0.84  # share of the frame; one training image in a thousand has less, one more
+BUSY = 20  # of 255: the border's median distance from a smooth background
+UNLIKE = "The picture is unlike the data set, since %s: see what the model sees with show=True."
+log = getLogger("mixer")
+
+
+def prepare(image: Image.Image, size: tuple[int, int] = (28, 28), find: bool = True) -> np.ndarray:
+    """A picture as the data set has them, (H, W) uint8 of ``size``. Raises ValueError in one sentence.
+
+    With ``find``, the object is what stands out from the border's colours. Its bounding box fills the frame, centred,
+    as in Fashion-MNIST, and a pixel is its distance from the background, the largest 255. A picture of ``size`` is left
+    as it is, or inverted where its border is bright. Without ``find`` the whole picture is scaled and padded.
+    """
+    if 0 in image.size or (find and image.size != size[::-1]):
+        return _find(image.convert("RGB"), size)
+    grey = np.array(image.convert("L"))
+    border = np.median(np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]]))
+    if find and grey.min() == grey.max():
+        log.warning("The picture is of one colour: no class fits it.")
+    return 255 - grey if find and border > 127 else _fit(grey, size, int(border))
+
+
+def _find(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    if min(image.size) < 8 or max(image.size) > 50 * min(image.size):
+        raise ValueError(f"A picture of {image.width} × {image.height} pixels is too small or narrow for an object.")
+    image.thumbnail((512, 512), Image.Resampling.BOX)
+    pixels = np.asarray(image, dtype=np.float32)
+    difference, spread = _subtract_background(pixels)
+    distance = np.linalg.norm(ndimage.gaussian_filter(difference, (1, 1, 0)), axis=2)
+    if distance.max() <= CONTRAST:
+        raise ValueError("The picture is of one colour: there is no object in it.")
+    stands_out = distance > max(4 * spread, CONTRAST)
+    stands_out &= distance > 0.2 * np.percentile(distance[_largest(stands_out)], 95)  # unlike a shadow
+    mask = _largest(stands_out)
+    (box,) = ndimage.find_objects(mask.astype(int))
+    difference[ndimage.distance_transform_edt(~mask) > 1 + 0.02 * max(mask[box].shape)] = 0  # but for a soft edge
+    grey = np.linalg.norm([_fit(channel, size, 0) for channel in np.moveaxis(difference[box], 2, 0)], axis=0)
+    grey = np.rint(grey * (255 / grey.max())).astype(np.uint8)
+    if spread > BUSY:
+        log.warning(UNLIKE, "its background is busy")
+    elif stands_out.sum() - stands_out[box].sum() > 0.5 * mask.sum():
+        log.warning(UNLIKE, "several things stand out, of which the largest is taken")
+    elif not FILLED[0] <= (grey > 30).mean() <= FILLED[1]:
+        log.warning(UNLIKE, "its object has another shape")
+    return grey
+
+
+def _subtract_background(pixels: np.ndarray) -> tuple[np.ndarray, float]:
+    """Pixels less a quadratic fitted to the border's colours, and the border's median distance from it."""
+    height, width, _ = pixels.shape
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=2)
+    border, wide = np.ones((height, width), dtype=bool), max(1, min(height, width) // 50)
+    border[wide:-wide, wide:-wide] = False
+    seen, basis = pixels[border], terms[border]
+    fitted = np.median(seen, axis=0)
+    for _ in range(6):  # each time without what lies on the border
+        distance = np.linalg.norm(seen - fitted, axis=1)
+        plain = distance <= max(3 * np.median(distance), CONTRAST)
+        coefficients = np.linalg.lstsq(basis[plain], seen[plain], rcond=None)[0]
+        fitted = basis @ coefficients
+    return pixels - terms @ coefficients, float(np.median(np.linalg.norm(seen - fitted, axis=1)))
+
+
+def _largest(mask: np.ndarray) -> np.ndarray:
+    """The largest region, across small gaps; one at the rim, as a table's edge is, counts a quarter."""
+    labels, _ = ndimage.label(ndimage.distance_transform_edt(~mask) <= 0.03 * min(mask.shape), np.ones((3, 3)))
+    labels[~mask] = 0
+    areas = np.bincount(labels.ravel()).astype(float)
+    areas[np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))] *= 0.25
+    areas[0] = 0
+    if areas.max() < 0.0005 * mask.size:
+        raise ValueError("No object stands out from the background: photograph it on a plain one.")
+    return labels == areas.argmax()
+
+
+def _fit(channel: np.ndarray, size: tuple[int, int], fill: int) -> np.ndarray:
+    """The channel scaled to fit into ``size`` and centred; an odd pixel is above or at the left, as in the data set."""
+    scale = min(size[0] / channel.shape[0], size[1] / channel.shape[1])
+    height, width = (max(1, round(scale * side)) for side in channel.shape)
+    top, left = (size[0] - height + 1) // 2, (size[1] - width + 1) // 2
+    scaled = Image.fromarray(channel).resize((width, height), Image.Resampling.LANCZOS)
+    return np.pad(scaled, ((top, size[0] - top - height), (left, size[1] - left - width)), constant_values=fill)
