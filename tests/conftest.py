@@ -1,4 +1,5 @@
 import os
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make tests beside other work ten times slower
 
@@ -9,6 +10,11 @@ import torch
 
 from mixer import data as fashion_mnist
 from mixer.data import Data
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C work in the tests' processes also where a shell started pytest in the background, without it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
