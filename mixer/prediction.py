@@ -120,7 +120,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
 
 def open_picture(picture: Picture) -> Image.Image:
     """The picture in RGB, as it was held; on white where it is transparent, or on black if light. Raises ValueError."""
-    name = f"{picture!s:.200}" if isinstance(picture, str | Path) else f"The {type(picture).__name__} given"
+    name = f"{picture!s:.200}" if isinstance(picture, str | Path) else f"An object of type {type(picture).__name__}"
     try:
         if isinstance(picture, Tensor):
             picture = (picture.float() if picture.is_floating_point() else picture).detach().cpu().numpy()
