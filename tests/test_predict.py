@@ -3,7 +3,6 @@
 import io
 import json
 import multiprocessing
-import os
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,9 +31,6 @@ def boot(data) -> np.ndarray:
     return data.test_images[0].numpy()
 
 
-# Logits
-
-
 def test_half_taken_predictions_leave_the_callers_modes_alone(few):
     next(predict(MlpMixer(**SMALL), few.test_images.repeat(20, 1, 1), "bfloat16"))
     assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
@@ -52,9 +48,6 @@ def test_no_two_classes_tie_for_the_first_place(data):
         assert (best > second).all() == unique
 
 
-# Pictures
-
-
 def prepared(picture, *options) -> np.ndarray:
     return prepare(open_picture(picture), *options)
 
@@ -67,8 +60,7 @@ def photograph(image: np.ndarray, side: int = 160, table=230.0, colour=0.0, nois
     return np.uint8(pixels.clip(0, 255))
 
 
-def file_of(picture: np.ndarray | Image.Image, kind: str, **options) -> bytes:
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+def file_of(image: Image.Image, kind: str, **options) -> bytes:
     image.save(content := io.BytesIO(), kind, **options)
     return content.getvalue()
 
@@ -78,7 +70,6 @@ def test_picture_of_a_data_sets_size_comes_out_as_it_went_in(size):
     picture = np.random.default_rng(0).integers(0, 100, size, np.uint8)
     assert np.array_equal(prepared(picture, size), picture)
     assert np.array_equal(prepared(255 - picture, size, False), 255 - picture)
-    assert prepared(np.kron(picture, np.ones((3, 3), np.uint8)), size, False).shape == size
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS.with_name("recipe.safetensors")], ids=lambda path: path.stem)
@@ -92,28 +83,23 @@ def test_shipped_weights_know_test_images_and_photographs_of_them(weights, data)
     assert sum(classify(p, weights).index[0] == name for p, name in zip(photographs, names[:12], strict=True)) >= 10
 
 
-def test_tells_a_boot_in_any_form_of_picture(boot, tmp_path):
+def test_tells_a_boot_in_any_form_of_picture(boot, tmp_path, monkeypatch):
     large = np.kron(boot, np.ones((10, 10), np.uint8))
     light = 255 - large  # dark on light, unlike the data set
     colours = np.stack([light, light // 2 + 127, light], axis=2)
     Image.fromarray(light).save(tmp_path / "boot.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     pictures = {
-        "a path": tmp_path / "boot.png",
-        "a name": str(tmp_path / "boot.png"),
+        "a file": "~/boot.png",
         "bytes, turned": file_of(Image.fromarray(colours).transpose(Image.Transpose.ROTATE_90), "jpeg", exif=exif),
-        "colours": colours,
-        "fractions": light / 255,
         "sixteen bits": Image.fromarray(light.astype(np.uint16) * 257),
         "black, cut out": Image.fromarray(np.dstack([np.zeros((280, 280, 3), np.uint8), large]), "RGBA"),
         "white, cut out": Image.fromarray(np.dstack([np.full((280, 280, 3), 255, np.uint8), large]), "RGBA"),
-        "palette": Image.fromarray(light).convert("P"),
-        "wide": light[60:230],
-        "whole numbers": light.astype(np.int64)[:, :, None],
-        "tensor": torch.from_numpy(light),
+        "wide, of a palette": Image.fromarray(light[60:230]).convert("P"),
+        "tensor of whole numbers": torch.from_numpy(colours).long(),
         "tensor with a channel": torch.from_numpy(light / 255)[None].bfloat16(),
-        "tensor with colours last": torch.from_numpy(colours),
         "tensor with colours first": torch.from_numpy(colours / 255).movedim(2, 0).requires_grad_(),
     }
     assert {form for form, picture in pictures.items() if classify(picture).index[0] != "Ankle boot"} == set()
@@ -127,14 +113,14 @@ def test_photograph_is_shown_as_the_model_sees_it(boot, monkeypatch):
     assert set(answer.index) == set(CLASSES) and answer.sum() == pytest.approx(1, abs=1e-5)
     assert answer.is_monotonic_decreasing and axes.get_title() == answer.index[0] == "Ankle boot"
     assert np.abs(seen.astype(float) - boot).mean() < 16 and seen.max() == 255 and seen.any(axis=0).all()
+    plt.close()
 
 
 def test_says_when_the_picture_is_unlike_the_data_set(boot, caplog):
     patterned = np.kron(np.random.default_rng(0).integers(150, 256, (15, 20, 1)), np.ones((20, 20, 3)))
     several = photograph(boot)
     several[20:160, 20:160] = several[-180:-40, -190:-50]
-    pen = np.full((300, 400), 230, np.uint8)
-    pen[100:106, 100:300] = 0
+    pen = np.pad(np.zeros((6, 200)), 90, constant_values=230)
     photographs = photograph(boot), np.uint8(photograph(boot) / 255 * patterned), several, pen, np.zeros((28, 28))
     for picture in photographs:
         classify(picture)
@@ -142,23 +128,23 @@ def test_says_when_the_picture_is_unlike_the_data_set(boot, caplog):
     assert [reason in record.getMessage() for reason, record in zip(reasons, caplog.records, strict=True)] == 4 * [True]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this system")
 def test_forked_child_classifies(boot):
     answer = classify(picture := photograph(boot))
     with multiprocessing.get_context("fork").Pool(1) as child:
         assert child.apply_async(classify, (picture,)).get(timeout=60).equals(answer)
 
 
+NO_NUMBERS = np.full((40, 40), np.nan, np.float32)
 NO_PICTURES = [
     *((name, f"There is no picture {name}") for name in ("nowhere.png", "~/nowhere.png")),
-    (__file__, "is not a picture that can be read"),
     *((given, f"of type {type(given).__name__} is not a picture") for given in (7, 5000 * [7], bytes(5000))),
     (torch.zeros(2, 2, 2, 2), r"shape \(2, 2, 2, 2\) is not a picture"),
-    *((array, "is not a picture") for array in (np.zeros((0, 3)), np.full((4, 4), np.nan), np.array([["a"]]))),
-    (file_of(np.full((40, 40), np.nan, np.float32), "tiff"), "is not a picture"),
+    *((array, "is not a picture") for array in (np.zeros((0, 3)), NO_NUMBERS, np.array([["a"]]))),
+    *((given, "is not a picture") for given in (__file__, file_of(Image.fromarray(NO_NUMBERS), "tiff"))),
     (np.full((600, 600), 255, np.uint8), "The picture is of one colour"),
     (np.random.default_rng(0).integers(0, 256, (84, 84), np.uint8), "No object stands out"),
-    (file_of(np.zeros((1, 500_000), np.uint8), "png"), "500000 × 1 pixels is too small or narrow"),
+    (file_of(Image.new("L", (500_000, 1)), "png"), "500000 × 1 pixels is too small or narrow"),
 ]
 
 
@@ -167,9 +153,6 @@ def test_rejects_what_is_no_picture_in_one_sentence(picture, sentence):
     with pytest.raises(ValueError, match=sentence) as refusal:
         classify(picture)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 250
-
-
-# Weights
 
 
 def test_reads_a_models_sizes_from_its_weights(tmp_path):
@@ -201,11 +184,10 @@ def test_another_data_set_has_other_classes_backgrounds_and_shapes(tmp_path, few
 
 NOT_FINITE = MlpMixer(**SMALL).state_dict() | {"head.weight": torch.full((10, 16), torch.nan)}
 BASELINES = [{k: w.contiguous() for k, w in network.state_dict().items()} for network in (PlainMlp(784), ConvNet())]
+NO_WEIGHTS = [b"", WEIGHTS.read_bytes()[:3000], {"other": torch.ones(2)}, NOT_FINITE, *BASELINES]
 
 
-@pytest.mark.parametrize(
-    "content", [b"", WEIGHTS.read_bytes()[:3000], {"other": torch.ones(2)}, NOT_FINITE, *BASELINES]
-)
+@pytest.mark.parametrize("content", NO_WEIGHTS)
 def test_rejects_what_are_no_weights_in_one_sentence(content, tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
@@ -213,10 +195,6 @@ def test_rejects_what_are_no_weights_in_one_sentence(content, tmp_path):
         load_model(path)
     with pytest.raises(ValueError, match=r"^There are no weights in \S*: train a run, or give another file\.$"):
         load_model(tmp_path / "nowhere.safetensors")
-
-
-def test_names_a_file_of_torch_save(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    torch.save(MlpMixer(**SMALL).state_dict(), tmp_path / "m.pt")
-    with pytest.raises(ValueError, match=r"^~/m\.pt was saved with torch\.save: give a safetensors file, as train\("):
-        load_model("~/m.pt")
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=r"^\S*m\.pt was saved with torch\.save: give a safetensors file, as train\("):
+        load_model(tmp_path / "m.pt")
