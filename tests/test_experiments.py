@@ -3,6 +3,7 @@ import pytest
 
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config, grid
+from mixer.model import MlpMixer
 from mixer.records import RESULTS, read_record, record_path, weights_path
 from mixer.studies import experiments
 from mixer.studies.experiments import EXPERIMENTS, WITHOUT, Stage, main
@@ -57,3 +58,10 @@ def test_trains_what_is_missing_and_keeps_the_last_weights(tmp_path, monkeypatch
     kept = tmp_path / "results" / "kept"
     Stage(tmp_path, {"a": {"b": [there, missing]}}, keep=kept, then=lambda: trained.append("and then")).train()
     assert trained == [([missing], tmp_path), "and then"] and kept.read_text() == "x"
+
+
+def test_patches_with_channels_in_step_keep_the_parameters():
+    for size, (channels, tokens_dim, channels_dim) in experiments.IN_STEP.items():
+        widths = {"num_channels": channels, "patches_mlp_dim": tokens_dim, "channels_mlp_dim": channels_dim}
+        parameters = MlpMixer(patch_size=(size, size), **widths).parameters()
+        assert channels == size**2 and abs(sum(p.numel() for p in parameters) / 947_682 - 1) < 0.002

@@ -40,6 +40,8 @@ CHOICES = {  # what the report left out
     "inputs divided by 255": {"inputs": "scaled"},
 }
 WAYS = {"coursework's widths": (0, 0), "equal parameters": (1, 0), "equal FLOP": (1, 1)}  # which widths are scaled
+# Patch size -> widths, with a channel for every pixel of a patch and as many parameters as the coursework (0.2 %).
+IN_STEP = {2: (4, 298, 149), 4: (16, 1024, 512), 7: (49, 1428, 714), 14: (196, 546, 273)}
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
     "weight decay": {"weight_decay": 0.0},
@@ -87,12 +89,15 @@ def second_round() -> dict[str, Sets]:
     ten, longer = DROPOUT | {"num_epochs": 10}, DROPOUT | {"num_epochs": 120}
     seeds = {"Adam": 3, "SGD with momentum": 3, "RMSprop": 2, "AdamW": 2}
     each = [sets(range(n), DROPOUT, choice={name: CHOICES[name]}, lr=RATES) for name, n in seeds.items()]
+    names = "patch_size", "num_channels", "patches_mlp_dim", "channels_mlp_dim"
+    in_step = {size: dict(zip(names, (size, *widths), strict=True)) for size, widths in IN_STEP.items()}
     return {
         "optimisers": {label: configs for one in each for label, configs in one.items()},
         "skip connections with dropout": sets(range(3), ten, skip_connections=[True, False], lr=RATES),
         "120 epochs": sets(range(3), longer, lr=[0.001]) | sets(range(2), longer, lr=[0.01]),
         "learning rates": sets(range(3), DROPOUT, lr=[0.0003, 0.001, 0.003, 0.01, 0.03]),
         "five seeds": sets(range(5), DROPOUT, lr=RATES, batch_size=[256, 512]),
+        "channels in step": sets(range(2), ten, size=in_step),
     }
 
 
