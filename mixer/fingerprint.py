@@ -61,7 +61,7 @@ def try_out(run: Any) -> Fingerprint:
     numbers["output"], _ = run.evaluate()
     before, gradients = [p.detach().clone() for p in run.model.parameters()], []
 
-    def keep_first(loss: Tensor) -> None:
+    def keep_first(loss: Tensor, images: int) -> None:
         if not gradients:
             gradients.extend(p.grad.clone() for p in run.model.parameters() if p.grad is not None)
 

@@ -21,6 +21,7 @@ from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, differences, tri
 from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
 from mixer.system.files import check_writable, expand, locked
 from mixer.system.processes import position, worker_pool
+from mixer.system.progress import Turn
 from mixer.training import Interrupted, fingerprint_of, part_of, train
 
 log = logging.getLogger("mixer")
@@ -66,14 +67,16 @@ def run_grid(
     """
     results = expand(results)
     configs = check_configs(configs)
-    missing = sum(not os.path.lexists(record_path(config, results)) for config in configs)
+    missing = [config for config in configs if not os.path.lexists(record_path(config, results))]
     if missing:
         check_writable(results / "checkpoints" / "lock")
     data = None if data is None else expand(data)
-    how = {"device": device, "precision": precision, "data": data, "progress": progress}
+    jobs = min(jobs, len(missing))
+    turns = {config: (n, len(missing), None if executor else jobs) for n, config in enumerate(missing, start=1)}
+    how = {"device": device, "precision": precision, "data": data, "progress": progress, "turns": turns}
     try:
         run = functools.partial(run_one, results=results, codes=fingerprints(configs, data), **how)
-        return _run_all(configs, run, executor, min(jobs, missing))
+        return _run_all(configs, run, executor, jobs)
     except KeyboardInterrupt as stop:
         message = "Interrupted; the same grid resumes from here."
         raise Interrupted(message, getattr(stop, "history", [])) from None
@@ -139,12 +142,13 @@ def run_one(
     precision: str | None = None,
     data: Path | None = None,
     codes: dict[Config, Fingerprint] | None = None,
+    turns: dict[Config, Turn] | None = None,
     progress: bool = True,
     wait: bool = True,
 ) -> Record | None:
     """The record of one run: read where it is there, trained where not; None if it is busy and ``wait`` is false.
 
-    codes: what :func:`fingerprints` gives in the process that asks.
+    codes: what :func:`fingerprints` gives in the process that asks. turns: of the grid's runs, for their progress bars.
     """
     code = (codes or {}).get(config)
     path = record_path(config, results)
@@ -161,8 +165,10 @@ def run_one(
                 here = fingerprints([config], data).get(config) if position() is not None else code
                 if code and here and differences(code, here, config):
                     raise ValueError(_CHANGED_HERE_ONLY)
-                how = {"device": device, "precision": precision, "progress": progress, "position": position()}
-                write_record(train(config, data=own, checkpoint=checkpoint, weights=weights, **how), path)
+                turn = (turns or {}).get(config, (1, 1, 1))
+                shown = {"progress": progress, "position": position(), "turn": turn}
+                how = {"device": device, "precision": precision, "checkpoint": checkpoint, "weights": weights}
+                write_record(train(config, data=own, **how, **shown), path)
                 checkpoint.unlink(missing_ok=True)
     record = read_record(path)
     _check_as_asked_for(record, path, config, device, precision, data)

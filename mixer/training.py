@@ -40,7 +40,7 @@ from mixer.prediction import EVAL_BATCH, predict
 from mixer.records import RECORD_FORMAT, Record, environment
 from mixer.system.device import autocast, by_itself, find_device, find_precision, threads_after_fork
 from mixer.system.files import check_writable, expand
-from mixer.system.progress import Bar
+from mixer.system.progress import Bar, Turn
 
 log = getLogger("mixer")
 
@@ -58,6 +58,7 @@ def train(
     on_epoch: Callable[[dict[str, float], nn.Module], None] | None = None,
     progress: bool = True,
     position: int | None = None,
+    turn: Turn = (1, 1, 1),
     return_model: bool = False,
 ) -> Record | tuple[Record, nn.Module]:
     """Train one run and return its record; with ``return_model``, the record and the model as it ended.
@@ -72,7 +73,8 @@ def train(
     weights: a safetensors file for the weights of the epoch with the best test accuracy; those of the last epoch are
     put beside it, as ``last_weights`` says, where no loss diverged.
     on_epoch: called after every epoch with its row of the history, and the model, in evaluation mode.
-    progress, position: a progress bar, and its line where several runs share a terminal.
+    progress, position, turn: a progress bar, its line where several runs share a terminal, and the run's place in a
+    grid, as the bar shows it.
 
     A loss that is not finite ends the run: ``diverged`` in the record then says at which step of which epoch, and
     the history holds the epochs before. Ctrl-C raises Interrupted, which has the history. Before anything is trained,
@@ -94,11 +96,11 @@ def train(
         if checkpoint is not None:
             resume(run, checkpoint)
         try:
-            steps = run.steps_per_epoch
-            with Bar(config.name, config.num_epochs, steps, run.epoch, progress, position) as bar:
+            images = len(data.train_labels), len(data.test_labels)
+            with Bar(config.name, config.num_epochs, images, run.epoch, progress, position, turn) as bar:
                 bar.announce(run.how)
                 while not run.finished:
-                    run.train_epoch(bar.step)
+                    run.train_epoch(bar.trained, bar.update)
                     if checkpoint is not None:
                         save(run, checkpoint)
                     if run.diverged is None:
@@ -200,11 +202,16 @@ class Run:
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.data.train_labels) / self.config.batch_size)
 
-    def train_epoch(self, on_step: Callable[[Tensor], None] = lambda loss: None) -> None:
+    def train_epoch(
+        self,
+        on_step: Callable[[Tensor, int], object] = lambda loss, images: None,
+        on_test: Callable[[int], object] = lambda images: None,
+    ) -> None:
         """Train once on every image, test, and add a row to the history; or set ``diverged``.
 
         A row has epoch, train_loss, train_accuracy (running: of the batches as they are trained on), test_loss and
-        test_accuracy; accuracies are fractions. ``on_step`` is given each step's loss, on the device.
+        test_accuracy; accuracies are fractions. ``on_step`` is given each step's loss, on the device, and number
+        of images; ``on_test`` the number of test images, a batch at a time.
         """
         start = time.perf_counter()
         if self._choose():
@@ -218,7 +225,7 @@ class Run:
                 torch.manual_seed(self._seed(self.epoch + 1))
             losses, sizes, correct = self._train_on_every_image(on_step)
             train_loss = float((losses.double() * sizes).sum() / sizes.sum())
-            test_loss, test_accuracy = self.evaluate()
+            test_loss, test_accuracy = self.evaluate(on_test)
         if not (math.isfinite(train_loss) and math.isfinite(test_loss)):
             finite = [*losses.isfinite().tolist(), False]
             step = min(finite.index(False) + 1, self.steps_per_epoch)
@@ -237,7 +244,7 @@ class Run:
             }
         )
 
-    def _train_on_every_image(self, on_step: Callable[[Tensor], None]) -> tuple[Tensor, Tensor, int]:
+    def _train_on_every_image(self, on_step: Callable[[Tensor, int], object]) -> tuple[Tensor, Tensor, int]:
         """The steps' losses and numbers of images, and how many images were classified correctly."""
         self._seed(self.epoch + 1)
         order = torch.randperm(len(self.data.train_labels), generator=self.generator).to(self.device)
@@ -259,16 +266,17 @@ class Run:
                 self.average.update_parameters(self.model)
             losses[step] = loss.detach()
             correct += (logits.argmax(dim=1) == batch.labels).sum()
-            on_step(losses[step])
+            on_step(losses[step], len(index))
         return losses.cpu(), torch.tensor([len(index) for index in batches]), int(correct)
 
-    def evaluate(self) -> tuple[float, float]:
+    def evaluate(self, on_test: Callable[[int], object] = lambda images: None) -> tuple[float, float]:
         """Mean loss and accuracy on the test images."""
         data, loss, correct = self.data, torch.zeros((), dtype=torch.float64), 0
         batches = predict(self.tested, data.test_images, self.precision, data.pixel_mean, data.pixel_std)
         for logits, labels in zip(batches, data.test_labels.split(EVAL_BATCH), strict=True):
             loss += F.cross_entropy(logits, labels, reduction="sum").cpu().double()
             correct += int((logits.argmax(dim=1) == labels).sum())
+            on_test(len(labels))
         count = len(data.test_labels)
         return float(loss) / count, correct / count
 

@@ -41,9 +41,9 @@ def trained(monkeypatch) -> list[int]:
     """The numbers of the epochs that are trained from now on."""
     epochs, train_epoch = [], Run.train_epoch
 
-    def counted(self, on_step):
+    def counted(self, *callbacks):
         epochs.extend([] if self.eager else [self.epoch + 1])  # not those of a fingerprint
-        train_epoch(self, on_step)
+        train_epoch(self, *callbacks)
 
     monkeypatch.setattr(Run, "train_epoch", counted)
     return epochs

@@ -38,7 +38,7 @@ def test_every_optimiser_trains_every_parameter_at_the_schedules_rate(few, optim
     run = started(few, lr=0.01, optimiser=optimiser, schedule=schedule, num_epochs=4)
     before, rates = copies(run.model.parameters()), []
     for _ in range(4):
-        run.train_epoch(lambda loss: rates.append(run.optimisers[0].param_groups[0]["lr"]))
+        run.train_epoch(lambda loss, images: rates.append(run.optimisers[0].param_groups[0]["lr"]))
     assert all(not torch.equal(old, new) for old, new in zip(before, run.model.parameters(), strict=True))
     steps = len(rates) // 4
     if schedule == "constant":
@@ -59,7 +59,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest(few):
 
 def test_moving_average_is_what_is_tested_and_kept(few):
     run, heads = started(few, lr=0.01, ema_decay=0.9), []
-    run.train_epoch(lambda loss: heads.append(run.model.head.weight.detach().clone()))
+    run.train_epoch(lambda loss, images: heads.append(run.model.head.weight.detach().clone()))
     torch.testing.assert_close(run.tested.head.weight, moving_average(heads, 0.9))
     assert torch.equal(run.best_weights["head.weight"], run.tested.head.weight)
     assert not torch.equal(run.tested.head.weight, run.model.head.weight)
@@ -67,7 +67,7 @@ def test_moving_average_is_what_is_tested_and_kept(few):
 
 def test_moving_average_is_also_of_batch_normalisations_statistics(few):
     run, variances = Run(Config(network="conv", ema_decay=0.9, batch_size=25), CPU, "float32", few.first(100)), []
-    run.train_epoch(lambda loss: variances.append(run.model.norm.running_var.clone()))
+    run.train_epoch(lambda loss, images: variances.append(run.model.norm.running_var.clone()))
     torch.testing.assert_close(run.tested.norm.running_var, moving_average(variances, 0.9))
     assert not torch.allclose(run.tested.norm.running_var, variances[-1])
 

@@ -4,6 +4,7 @@ import copy
 import json
 import multiprocessing
 import os
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,6 +22,7 @@ from mixer.kernels import fused
 from mixer.prediction import predict
 from mixer.records import read_record, write_record
 from mixer.system.device import find_device, find_precision
+from mixer.system.progress import Bar
 from mixer.training import Run, part_of, train
 
 CPU = torch.device("cpu")
@@ -183,7 +185,7 @@ def test_record_has_the_threads_that_were_computed_on(few, channels, path, caplo
     openmp, seen = threadpoolctl.ThreadpoolController().select(user_api="openmp"), set()
     torch.set_num_threads(2)
     watched = Run(replace(TINY, num_channels=channels), CPU, "float32", few)
-    watched.train_epoch(lambda loss: seen.update(library["num_threads"] for library in openmp.info()))
+    watched.train_epoch(lambda *_: seen.update(library["num_threads"] for library in openmp.info()))
     environment = watched.record()["environment"]
     assert (environment["path"], environment["threads"]) == (path, 2) and seen == {1 if path == "fused" else 2}
     assert ("several times slower, since it has 8 channels" in caplog.text) == (path == "eager")
@@ -343,6 +345,16 @@ def test_progress_bar_puts_numbers_first_and_can_be_switched_off(few, capsys, mo
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys, "stderr", None)  # as under pythonw
     assert timeless(run(few, config, progress=True)) == timeless(record)
+
+
+def test_progress_bar_moves_while_testing_and_ends_at_the_whole(data, capsys, monkeypatch):
+    """A training image is three times the work of a test image."""
+    moves, update = [0], Bar.update
+    monkeypatch.setattr(Bar, "update", lambda bar, work: (update(bar, work), moves.append(bar.n)))
+    run(first_images(data, 100, 2100), replace(TINY, num_epochs=1, limit=None), progress=True, turn=(2, 7, 2))
+    assert moves == [0, 3 * 64, 3 * 100, 1300, 2300, 2400]
+    line = capsys.readouterr().err.rstrip().rpartition("\r")[2]
+    assert re.match(r"100% 00:00 left, run 2/7, all ~\d\d:\d\d \|█{10}\| epoch 1/1", line)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -3,29 +3,38 @@
 import sys
 import threading
 import time
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+TRAINING = 3  # times the work of testing: forward and backward in place of forward
+# Which of a grid's missing runs a run is, from 1; how many there are; how many run side by side, where it is known.
+Turn = tuple[int, int, int | None]
+
 
 class Bar(tqdm):
-    """A progress bar over the steps of a run. Numbers come first, since a notebook's output is narrow, and it is text
+    """A progress bar over the images of a run. Numbers come first, since a notebook's output is narrow, and it is text
     everywhere: a widget's remains are unreadable in a notebook that was saved or exported."""
 
     monitor_interval = 0  # no thread of tqdm's own
     announced = ""
 
-    def __init__(self, name: str, epochs: int, steps: int, done: int, shown: bool, position: int | None):
-        """For a run of ``epochs`` epochs of ``steps`` steps each, of which ``done`` epochs are done."""
-        self.run, self.epochs, self.steps, self.accuracies, self.last_look = name, epochs, steps, "", 0.0
+    def __init__(
+        self, name: str, epochs: int, images: tuple[int, int], done: int, shown: bool, position: int | None, turn: Turn
+    ):
+        """For a run of ``epochs`` epochs, of which ``done`` are done, of so many training and test ``images`` each."""
+        self.run, self.epochs, self.turn, self.accuracies, self.last_look = name, epochs, turn, "", 0.0
+        self.work = TRAINING * images[0] + images[1]
         super().__init__(
-            total=epochs * steps,
-            initial=done * steps,
+            total=epochs * self.work,
+            initial=done * self.work,
             disable=not shown or sys.stderr is None,
             position=position,
-            smoothing=0,  # time left by the mean of all steps: testing after an epoch would make it jump
+            smoothing=0,  # time left by the mean of all work
+            miniters=1,
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% {remaining} left |{bar:10}|{desc}",
+            bar_format="{percentage:3.0f}% {remaining} left{turn} |{bar:10}|{desc}",
         )
 
     def announce(self, how: str) -> None:
@@ -34,21 +43,34 @@ class Bar(tqdm):
             Bar.announced = how
             self.write(how, file=sys.stderr)
 
-    def step(self, loss: Tensor) -> None:
+    def trained(self, loss: Tensor, images: int) -> None:
         # Reading the loss waits for the device, so it is looked at twice a second, not at every step.
         if not self.disable and time.monotonic() - self.last_look > 0.5:
             self.last_look = time.monotonic()
             self._show(loss)
-        self.update()
+        self.update(TRAINING * images)
 
     def epoch_done(self, epoch: dict[str, float]) -> None:
         self.accuracies = f" train {epoch['train_accuracy']:.2%} test {epoch['test_accuracy']:.2%}"
         self._show(epoch["train_loss"])
 
     def _show(self, loss: Tensor | float) -> None:
-        epoch = min(1 + self.n // self.steps, self.epochs)
+        epoch = min(1 + self.n // self.work, self.epochs)
         text = f" epoch {epoch}/{self.epochs} loss {float(loss):.4f}{self.accuracies} {self.run}"
         self.set_description_str(text)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What ``bar_format`` is filled with."""
+        values, text = super().format_dict, ""
+        number, runs, jobs = self.turn
+        if runs > 1:
+            text = f", run {number}/{runs}"
+        if runs > 1 and jobs and self.n > self.initial:
+            # As if all runs took as long as this one, and those that run beside it ended with it.
+            later = self.total - self.n + (runs - number) // jobs * self.total
+            text += f", all ~{self.format_interval(values['elapsed'] / (self.n - self.initial) * later)}"
+        return values | {"turn": text}
 
 
 Bar.set_lock(threading.RLock())  # tqdm's own would be a semaphore of the system, which a killed process leaves behind
