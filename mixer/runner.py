@@ -4,11 +4,12 @@ A finished run is one JSON file in the results folder. Several grids may work on
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,35 @@ def other_code(record: Record, code: Fingerprint) -> str:
         return "it does not say what was computed"
     names = differences(record["fingerprint"], code, _config(record))
     return f"the present code computes another {', '.join(names)}" if names else ""
+
+
+def check_code(records: Iterable[Record]) -> None:
+    """Say in one log line which records of runs on Fashion-MNIST were trained by other code than the present one.
+
+    Takes a second: as long as none differs, a few records are compared that use every option between them.
+    """
+    own = [record for record in records if not record.keys() & {"model", "optimiser"}]
+    seen, few = set(), []
+    for record in own:
+        config, _ = trial(_config(record), FASHION_MNIST)
+        options = {
+            (name, x if isinstance(x, bool | str) else bool(x)) for name, x in dataclasses.asdict(config).items()
+        }
+        if not options <= seen:
+            few.append(record)
+            seen |= options
+    if others := _by_other_code(few) and _by_other_code(own):
+        count, advice = f"{len(others)} of {len(own)} records", "to see what the present code gives, train elsewhere"
+        log.warning("%s were trained by other code, first %s (%s): %s.", count, *others[0], advice)
+
+
+def _by_other_code(records: list[Record]) -> list[tuple[str, str]]:
+    """Names of the records that other code trained, each with the difference."""
+    codes, others = fingerprints([_config(record) for record in records]), []
+    for record in records:
+        code = codes.get(_config(record))
+        others.append((_config(record).name, other_code(record, code) if code else "the present code cannot train it"))
+    return [(name, difference) for name, difference in others if difference]
 
 
 def _config(record: Record) -> Config:

@@ -26,8 +26,9 @@ from mixer import runner
 from mixer.baselines import distillation
 from mixer.checkpoint import last_weights
 from mixer.config import Config
-from mixer.records import RecordError, read_records, record_path, weights_path
-from mixer.runner import GridError, run_grid
+from mixer.model import MixerBlock
+from mixer.records import RecordError, read_record, read_records, record_path, weights_path
+from mixer.runner import GridError, check_code, run_grid
 from mixer.system.files import unseal
 from mixer.training import train
 
@@ -151,6 +152,26 @@ def test_rejects_a_record_of_other_code(run, tmp_path):
     with pytest.raises(GridError, match=r"was trained by other code \(.*gradient.*\): give another folder"):
         run(TWO[:1], tmp_path)
     assert read_records(tmp_path) == [other]
+
+
+def test_model_changed_in_this_process_only_is_refused_by_workers(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(MixerBlock, "forward", lambda block, x: x)
+    with pytest.raises(
+        GridError, match="was changed in this process only, and worker processes do not have the change"
+    ):
+        run(TWO, tmp_path, jobs=2)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_says_which_records_are_of_other_code(caplog, monkeypatch):
+    committed = [*(ROOT / "results").rglob("lr*.json")]
+    records = [read_record(path) for path in committed]
+    check_code(records)
+    assert len(records) > 210 and not caplog.messages
+    monkeypatch.setattr(MixerBlock, "forward", lambda block, x: x)
+    check_code(records[:3])
+    [line] = caplog.messages
+    assert line.startswith(f"3 of 3 records were trained by other code, first {committed[0].stem} (the present code co")
 
 
 def test_threads_train_the_records_of_runs_in_turn(run, tmp_path):
