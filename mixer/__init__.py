@@ -3,7 +3,7 @@
 from mixer import Config, MlpMixer, train
 """
 
-from mixer.system import affinity  # isort: skip (before PyTorch)
+from mixer.system import affinity, interruption  # isort: skip (before PyTorch)
 
 from mixer.config import Config, grid
 from mixer.kernels.acceleration import accelerate
@@ -15,6 +15,7 @@ from mixer.system.files import SHIPPED
 from mixer.training import train
 
 affinity.restore()
+interruption.restore()
 
 __all__ = [
     "SHIPPED",

@@ -1,7 +1,9 @@
 """The command line trains a grid, prints a table, and says in one sentence what is wrong."""
 
 import dataclasses
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,17 @@ def test_two_jobs_train_and_print_a_table_and_how_to_draw_it(tmp_path, capsys, m
     monkeypatch.chdir(tmp_path)
     exec(outcome.stdout.partition("in Python:\n")[2])
     assert (tmp_path / "accuracy.png").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows sends Ctrl-C otherwise")
+def test_ctrl_c_while_pytorch_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)")
+    path = os.environ | {"PYTHONPATH": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", "mixer"], cwd=ROOT, env=path, **pipes)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "Stopped; the same command resumes from here.\n" and process.returncode == 130
 
 
 def test_help_explains_every_option(capsys):
