@@ -5,19 +5,16 @@ and as PNG for people. The same numbers give the same bytes: no dates, no versio
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, cycle, zip_longest
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from statsmodels.stats.proportion import proportion_confint
@@ -30,7 +27,9 @@ FIGURES = PROJECT / "figures"
 WIDTH = 6.3  # inches: the text width of report.tex, so that a font size here is a font size there
 
 BLUE, ORANGE = "#1F4E8C", "#E08A00"  # also different greys when printed
-GREEN, PURPLE, RED, SKY = "#3F9C7A", "#A0529A", "#B3372F", "#6FB1DE"
+GREEN, PURPLE = "#3F9C7A", "#A0529A"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
 INK, MUTED, FAINT = "#222222", "#777777", "#DDDDDD"
 
 _STYLE = {
@@ -87,169 +86,40 @@ def save(figure: Figure, name: str, folder: Path | str = FIGURES) -> None:
         write_whole(Path(folder) / f"{name}.{kind}", content.getbuffer())
 
 
-# Fig. 1-3: learning curves
-
-# Each setting has a mark of its own: two curves differ in as many marks as their runs differ in settings. The
-# coursework's values come first and keep their marks whatever other values a grid has.
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (8, 3)), (0, (2, 3)))
-_MARKS = {
-    "lr": ("learning rate", "color", ("0.001", "0.01"), (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)),
-    "dropout_p": ("dropout", "linestyle", ("0", "0.1"), _DASHES),
-    "batch_size": ("batch size", "marker", ("256", "512"), ("o", "s", "^", "D", "v", "P")),
-}
-_MEASURED = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
+# Learning curves
 
 
-def _word(value: object) -> str:
-    """A setting's value. In a column with None, pandas may have turned None into NaN and whole numbers into floats."""
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def frame(axes: Sequence[Axes], *also: float) -> None:
+    """Frame panels of one scale, from the first epoch to the last; the curves' steep start, a tenth, may lie outside.
 
-
-def encode(histories: pd.DataFrame) -> dict[str, tuple[str, dict[str, object]]]:
-    """Column -> the kind of its mark, and for each of its values, as a word, the colour, line style or marker.
-
-    The columns are lr, dropout_p and batch_size; where one of them has a single value, another setting that varies
-    takes its place. Beyond six values of a setting, marks are used again. Raises ValueError where more than three vary.
+    also: values that have to be inside.
     """
-    varying = [name for name in _settings(histories) if histories[name].map(_word).nunique() > 1]
-    if len(varying) > len(_MARKS):
-        raise ValueError(f"{', '.join(varying)} vary, but curves have marks for three: draw a part of the runs")
-    others = iter([name for name in varying if name not in _MARKS])
-    encoding = {}
-    for column, (_, kind, known, marks) in _MARKS.items():
-        name = column if column in varying else next(others, column)
-        values = list(histories[name].sort_values().map(_word).unique())
-        fixed = dict(zip(known, marks, strict=False)) if name == column else {}
-        further = [value for value in values if value not in fixed]
-        every = fixed | dict(zip(further, cycle(marks[len(fixed) :]), strict=False))
-        encoding[name] = kind, {value: every[value] for value in values}
-    return encoding
+    lines = [line for axis in axes for line in axis.lines if len(line.get_xdata()) > 2]
+    last = max((max(line.get_xdata()) for axis in axes for line in axis.lines), default=1)
+    curves = [np.asarray(line.get_ydata()) for line in lines]
+    settled = np.concatenate([curve[len(curve) // 10 :] for curve in curves] or [[0, 1]])
+    low, high = np.nanquantile(settled, [0.005, 0.995])
+    low, high = min(low, *also, np.inf), max(high, *also, -np.inf)
+    margin = 0.06 * (high - low) or 0.01
+    for axis in axes:
+        axis.set(xlim=(1 - 0.02 * last, last), ylim=(low - margin, high + margin))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def loss(histories: pd.DataFrame) -> Figure:
-    """Fig. 1: train and test loss in two panels of one scale, a curve for each set of settings.
-
-    histories: as ``mixer.records.histories`` gives them. Of several seeds a curve is the mean, in a band from the
-    lowest to the highest.
-    """
-    with drawing(2.6) as figure:
-        axes = figure.subplots(1, 2, sharey=True)
-        for axis, column, title in zip(axes, ("train_loss", "test_loss"), ("training", "test"), strict=True):
-            _draw_curves(axis, histories, column)
-            axis.set_title(title, color=MUTED)
-        axes[0].set_ylabel("cross-entropy")
-        _frame(axes[0], histories, ["train_loss", "test_loss"], rising=False)
-        _legends(figure, histories)
-    return figure
-
-
-def test_accuracy(histories: pd.DataFrame, claimed: float | None = None) -> Figure:
-    """Fig. 2: test accuracy as its mean over five epochs, of 20 epochs or more; of a single seed also as it is (thin).
-
-    claimed: the coursework's best, a fraction, to be shown beside it.
-    """
-    with drawing(3.0) as figure:
-        axis = figure.subplots()
-        if claimed is not None:
-            axis.axhline(claimed, color=MUTED, linewidth=0.8, zorder=1)
-            label, place = f"coursework\n{100 * claimed:.2f} %", (1.01, claimed)
-            axis.annotate(label, place, xycoords=("axes fraction", "data"), va="center", color=MUTED, fontsize=7)
-        _accuracy(figure, axis, histories, "test_accuracy", also=claimed, mean_of=5)
-    return figure
-
-
-def train_accuracy(histories: pd.DataFrame) -> Figure:
-    """Fig. 3: running train accuracy."""
-    with drawing(2.6) as figure:
-        _accuracy(figure, figure.subplots(), histories, "train_accuracy")
-    return figure
-
-
-def _accuracy(
-    figure: Figure, axis: Axes, histories: pd.DataFrame, column: str, also: float | None = None, mean_of: int = 1
-) -> None:
-    mean_of = _draw_curves(axis, histories, column, mean_of)
-    axis.set_ylabel(column.replace("_", " ") + (f", mean of {mean_of} epochs" if mean_of > 1 else ""))
-    axis.yaxis.set_major_formatter(_PERCENT)
-    _frame(axis, histories, [column], rising=True, also=also)
-    _legends(figure, histories)
-
-
-def _settings(histories: pd.DataFrame) -> list[str]:
-    """What makes two curves, not two seeds of one."""
-    return [name for name in histories.columns if name not in (*_MEASURED, "seed")]
-
-
-def _draw_curves(axis: Axes, histories: pd.DataFrame, column: str, mean_of: int = 1) -> int:
-    """Returns how many epochs a point is the mean of: ``mean_of``, or 1 for a training so short that it would hide."""
-    mean_of = mean_of if histories["epoch"].nunique() >= 4 * mean_of else 1
-    encoding, settings = encode(histories), _settings(histories)
-    sets = histories.groupby([histories[name].map(_word) for name in settings], sort=False)
-    for turn, (values, rows) in enumerate(sets):
-        style = {kind: marks[values[settings.index(name)]] for name, (kind, marks) in encoding.items()}
-        runs = rows.pivot(index="epoch", columns="seed", values=column)
-        smooth = runs.rolling(mean_of, center=True, min_periods=1).mean()
-        smooth = smooth.where(runs.notna())  # ends where a run diverged
-        if runs.shape[1] > 1:
-            low, high = smooth.min(axis=1), smooth.max(axis=1)
-            axis.fill_between(runs.index, low, high, color=style["color"], alpha=0.15, lw=0)
-        elif mean_of > 1:
-            axis.plot(runs, color=style["color"], linewidth=0.4, alpha=0.45)
-        step = max(1, len(runs) // 9)
-        style |= {"linewidth": 1.0, "markersize": 4, "markerfacecolor": "white", "markeredgewidth": 0.9}
-        staggered = turn * step // sets.ngroups, step  # so that markers do not cover each other
-        axis.plot(smooth.mean(axis=1), **style, markevery=staggered)
-    axis.set_xlabel("epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-    last = histories["epoch"].max() if len(histories) else 1
-    axis.set_xlim(1 - 0.02 * last, last * 1.02)
-    return mean_of
-
-
-def _frame(axis: Axes, histories: pd.DataFrame, columns: list[str], *, rising: bool, also: float | None = None) -> None:
-    """Frame the curves, leaving out their steep start and rare spikes, which would squeeze all the rest.
-
-    On the side from which the curves come, the frame ends where 98 % of the points after the first tenth of the
-    epochs are inside, and every end of a whole run. ``also`` is a value that has to be inside.
-    """
-    if histories.empty:
-        return
-    ends = histories.loc[histories["epoch"] == histories["epoch"].max(), columns]
-    settled = histories.loc[histories["epoch"] > histories["epoch"].max() / 10, columns].to_numpy().ravel()
-    if rising:
-        low = min(np.quantile(settled, 0.02, method="lower"), ends.min(axis=None))
-        high = histories[columns].max(axis=None)
-    else:
-        low = histories[columns].min(axis=None)
-        high = max(np.quantile(settled, 0.98, method="higher"), ends.max(axis=None))
-    if also is not None:
-        low, high = min(low, also), max(high, also)
-    margin = 0.04 * (high - low) or 0.01
-    axis.set_ylim(low - margin, high + margin)
-
-
-def _legends(figure: Figure, histories: pd.DataFrame) -> None:
-    """The marks above the curves: all on one line where they fit, else a line for each setting."""
-    lines = []
-    neutral = {"color": MUTED, "linewidth": 1.4, "markersize": 4.5, "markerfacecolor": "white"}
-    for column, (kind, marks) in encode(histories).items():
-        title = _MARKS[column][0] if column in _MARKS else column.replace("_", " ")
-        entries = [Line2D([], [], **(neutral | {kind: mark}), label=value) for value, mark in marks.items()]
-        lines.append([Line2D([], [], linestyle="none", label=title), *entries])
-    style = {"handlelength": 2.2, "handletextpad": 0.5, "columnspacing": 1.0, "borderpad": 0.1}
-    columns = max(map(len, lines))
-    if columns <= 3:
-        for place, handles in zip(("left", "center", "right"), lines, strict=True):
-            legend = figure.legend(handles=handles, loc=f"outside upper {place}", ncols=len(handles), **style)
-            legend.get_texts()[0].set_color(MUTED)
-    else:  # a legend is filled column by column, so shorter lines are filled up with nothing
-        nothing = Line2D([], [], linestyle="none", label=" ")
-        handles = list(chain(*zip_longest(*lines, fillvalue=nothing)))
-        legend = figure.legend(handles=handles, loc="outside upper left", ncols=columns, **style)
-        for text in legend.get_texts()[: len(lines)]:
-            text.set_color(MUTED)
+def label_ends(axis: Axes, title: str = "", size: float = 7) -> None:
+    """Write each line's label beside its end in its colour, apart from the others, and ``title`` above them."""
+    lines = [line for line in axis.lines if not line.get_label().startswith("_")]
+    lines.sort(key=lambda line: line.get_ydata()[-1])
+    low, high = axis.get_ylim()
+    apart = 1.2 * size / 72 / (axis.get_position().height * axis.figure.get_figheight()) * (high - low)
+    ends = np.clip([line.get_ydata()[-1] for line in lines], low, high)
+    places = np.arange(len(ends)) * apart + np.maximum.accumulate(ends - np.arange(len(ends)) * apart)
+    places += np.mean(ends - places)
+    places -= max(0, places[-1] - high + apart / 2)
+    where = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False, "fontsize": size}
+    for line, place in zip(lines, places, strict=True):
+        axis.annotate(line.get_label(), (1.02, place), **where, color=line.get_color())
+    axis.annotate(title, (1.02, places[-1] + 1.3 * apart), **where, color=MUTED)
 
 
 # The data set and the model

@@ -19,7 +19,7 @@ from mixer.baselines.distillation import weights_of
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
 from mixer.data import DataError, prepare
-from mixer.records import RESULTS, best, coursework, read_records, record_path, weights_path
+from mixer.records import RESULTS, Record, best, coursework, read_records, record_path, weights_path
 from mixer.runner import GridError, run_grid
 from mixer.studies import gradients, label_errors, shuffle
 from mixer.system.affinity import cores
@@ -154,6 +154,21 @@ def keep_best() -> None:
     weights = weights_path(Config(**best(coursework(read_records()))["config"]))
     if weights.exists():
         write_whole(SHIPPED / "best.safetensors", weights.read_bytes())
+
+
+def found(folders: Iterable[str] = ()) -> dict[Config, Record]:
+    """The records of the grid, and of these folders of ``results``, by config; also as their first 8 and 10 epochs.
+
+    At a constant learning rate the first epochs of a run are the shorter run. Raises RecordError.
+    """
+    records = [record for folder in ("", *folders) for record in read_records(RESULTS / folder)]
+    by_config = {Config(**record["config"]): record for record in records}
+    for config, record in list(by_config.items()):
+        for epochs in (8, 10):
+            if config.schedule == "constant" and epochs <= config.num_epochs:
+                begun = replace(config, num_epochs=epochs)
+                by_config.setdefault(begun, record | {"history": record["history"][:epochs]})
+    return by_config
 
 
 def _experiments() -> dict[str, list[Stage]]:
