@@ -60,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 _AFTERWARDS = """The records are in {results}. To draw them, in Python:
-from mixer.records import histories, read_records; from mixer.reporting.figures import test_accuracy
-test_accuracy(histories(read_records({results!r})).query({part!r})).savefig("accuracy.png")"""
+from mixer.records import histories, read_records
+frame = histories(read_records({results!r})).query({part!r})
+curves = frame.pivot_table("test_accuracy", "epoch", ["lr", "dropout_p", "batch_size"])  # means of the seeds
+curves.plot().figure.savefig("accuracy.png")"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         meaning = f"{MEANINGS[field.name]} ({' '.join(map(str, values))})"
         add[field.metadata["group"]](option, dest=destination, type=kind, nargs="+", metavar="X", help=meaning)
     add["grid"]("--recipe", choices=list(RECIPES), help="a named config, for what is not given here")
-    add["data"]("--data", type=Path, metavar="DIR", help="a folder in the layout of Fashion-MNIST (Fashion-MNIST)")
+    add["data"]("--data", type=Path, metavar="DIR", help="a folder of four IDX files of grey images (Fashion-MNIST)")
     how = parser.add_argument_group("where and how").add_argument
     how("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
     how("--device", help="cuda, mps or cpu (the first that there is)")

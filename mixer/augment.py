@@ -15,8 +15,8 @@ class Batch:
     """B training images as a step sees them.
 
     ``index``: their numbers (B,). ``views``: which view of each it is (B,), as :func:`draw_views` numbers them.
-    ``inputs``: normalised (B, 1, H, W). In mixup they have a ``share`` of the image, and the rest of the image at the
-    same place of the batch in reverse.
+    ``inputs``: normalised (B, in_channels, H, W). In mixup they have a ``share`` of the image, and the rest of the
+    image at the same place of the batch in reverse.
     """
 
     index: Tensor
@@ -54,23 +54,24 @@ def draw_views(count: int, generator: torch.Generator, flip: bool, shift: int) -
 
 
 def view(images: Tensor, views: Tensor, shift: int) -> Tensor:
-    """Views of images (B, H, W): mirrored left to right, then moved by up to ``shift`` pixels.
+    """Views of images (B, H, W) or (B, 3, H, W): mirrored left to right, then moved by up to ``shift`` pixels.
 
     Pixels that move in are 0, like Fashion-MNIST's background.
     """
-    count, height, width = images.shape
+    count, (height, width) = len(images), images.shape[-2:]
     side = 2 * shift + 1
     mirrored, down, right = (part[:, None] for part in (views // side**2, views // side % side, views % side))
     rows, columns = torch.arange(height) + down, torch.arange(width) + right
     columns = torch.where(mirrored > 0, columns.flip(1), columns)
     index = torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    return F.pad(images, (shift,) * 4)[tuple(part.to(images.device) for part in index)]
+    padded = F.pad(images, (shift,) * 4).movedim(0, -3)  # colours first
+    return padded[..., *(part.to(images.device) for part in index)].movedim(-3, 0)
 
 
 def cut_out(images: Tensor, generator: torch.Generator, side: int) -> Tensor:
-    """Cut a square around a random pixel out of each image (B, H, W): cutout (DeVries and Taylor 2017)."""
-    count, height, width = images.shape
+    """Cut a square around a random pixel out of each image, (B, H, W) or (B, 3, H, W) (DeVries and Taylor 2017)."""
+    count, (height, width) = len(images), images.shape[-2:]
     top, left = (torch.randint(size, (count, 1), generator=generator) - side // 2 for size in (height, width))
     down, right = torch.arange(height) - top, torch.arange(width) - left
     cut = ((down >= 0) & (down < side))[:, :, None] & ((right >= 0) & (right < side))[:, None, :]
-    return images.masked_fill(cut.to(images.device), 0)
+    return images.movedim(0, -3).masked_fill(cut.to(images.device), 0).movedim(-3, 0)  # of all colours

@@ -27,10 +27,11 @@ warnings.filterwarnings("ignore", "'mixer.data' found in sys.modules", RuntimeWa
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images (N, H, W) as uint8 and labels (N,) as int64 from 0 to 255, for training and for testing.
+    """Images as uint8 and labels (N,) as int64 from 0 to 255, for training and for testing.
 
-    ``pixel_mean`` and ``pixel_std``, for :func:`normalise`, are fractions of 255: by default those of the training
-    images, to four decimals. Raises ValueError, which names the field that does not fit.
+    Images are (N, H, W), or (N, 3, H, W) in colour. ``pixel_mean`` and ``pixel_std``, for :func:`normalise`, are
+    fractions of 255: by default those of the training images, over all colours at once, to four decimals. Raises
+    ValueError, which names the field that does not fit.
     """
 
     train_images: Tensor
@@ -42,10 +43,12 @@ class Data:
     pixel_std: float | None = None
 
     def __post_init__(self) -> None:
-        for field, dtype, shape in zip(TENSORS, 2 * [torch.uint8, torch.int64], 2 * ["(N, H, W)", "(N,)"], strict=True):
+        for field, dtype, ndim in zip(TENSORS, 2 * [torch.uint8, torch.int64], 2 * [3, 1], strict=True):
             tensor = getattr(self, field)
             found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            if not found.startswith(str(dtype)) or tensor.ndim != shape.count(" ") + 1 or tensor.numel() == 0:
+            in_colour = isinstance(tensor, Tensor) and tensor.shape[1:-2] == (3,)
+            if not found.startswith(str(dtype)) or tensor.ndim - in_colour != ndim or tensor.numel() == 0:
+                shape = "(N, H, W), or (N, 3, H, W) in colour," if ndim == 3 else "(N,)"
                 raise ValueError(f"{field} must be {dtype} {shape} and not empty, not {found}")
         for part in ("train", "test"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
@@ -64,23 +67,22 @@ class Data:
     def from_torchvision(cls, train: torch.utils.data.Dataset, test: torch.utils.data.Dataset) -> "Data":
         """Two datasets of torchvision in memory: MNIST, KMNIST, EMNIST, USPS, CIFAR-10, CIFAR-100 or SVHN.
 
-        Colour becomes grey. Labels index ``train.classes``, so EMNIST's letters are 1 to 26. Transforms are not
-        applied. Raises ValueError for what is read file by file (ImageFolder) and for a part of a dataset (Subset).
+        Colour stays colour; torchvision's ``rgb_to_grayscale(images)[:, 0]`` makes it grey. Labels index
+        ``train.classes``, so EMNIST's letters are 1 to 26. Transforms are not applied. Raises ValueError for what is
+        read file by file (ImageFolder) and for a part of a dataset (Subset).
         """
-        tensors, name, log = [], type(train).__name__, getLogger("mixer")
+        tensors, name = [], type(train).__name__
         if getattr(train, "transforms", None):
-            log.warning("Transforms of %s are not applied: flip, shift and erase of Config augment.", name)
+            warning = "Transforms of %s are not applied: flip, shift and erase of Config augment."
+            getLogger("mixer").warning(warning, name)
         for part in (train, test):
             try:
                 images = torch.as_tensor(part.data)
                 labels = torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels)
             except (AttributeError, TypeError, ValueError, RuntimeError):
                 raise ValueError(f"{type(part).__name__} has no .data and .targets: give Data tensors of it") from None
-            if images.dtype == torch.uint8 and images.ndim == 4 and 3 in images.shape[1::2]:
-                red, green, blue = images.int().unbind(1 if images.shape[1] == 3 else 3)
-                images = ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).byte()  # as Pillow does
-                if part is train:
-                    log.warning("The images of %s are in colour and become grey: the model takes one channel.", name)
+            if images.shape[3:] == (3,):  # as CIFAR's, while SVHN's channels come first
+                images = images.movedim(3, 1).contiguous()
             tensors += [images, labels.long()]
         return cls(*tensors, name=name)
 
@@ -88,6 +90,11 @@ class Data:
     def num_classes(self) -> int:
         """The largest label of both parts, plus 1."""
         return 1 + max(int(self.train_labels.max()), int(self.test_labels.max()))
+
+    @property
+    def in_channels(self) -> int:
+        """1, or 3 in colour."""
+        return 1 if self.train_images.ndim == 3 else 3
 
     @cached_property
     def sha256(self) -> dict[str, str]:
@@ -114,7 +121,7 @@ def load(device: torch.device | str = "cpu") -> Data:
 
 
 def load_folder(folder: Path | str, device: torch.device | str = "cpu") -> Data:
-    """Load a data set of your own: images of any size, up to 256 classes. Raises DataError.
+    """Load a data set of your own: grey images of any size, up to 256 classes. Raises DataError.
 
     ``folder`` holds four IDX files of unsigned bytes, named as in ``SHA256``, each as it is or as ``.gz``. The data set
     has the folder's name, or that of its parent if the folder is called ``raw``.
@@ -147,8 +154,12 @@ def validation_split(data: Data, seed: int = 0) -> Data:
 
 
 def normalise(images: Tensor, mean: float = PIXEL_MEAN, std: float = PIXEL_STD) -> Tensor:
-    """uint8 (B, H, W) from 0 to 255 -> float32 (B, 1, H, W) of mean 0 and variance 1 over the training set."""
-    return images.unsqueeze(1).to(torch.float32).mul_(1 / (255 * std)).add_(-mean / std)
+    """uint8 from 0 to 255 -> float32 of mean 0 and variance 1 over the training set.
+
+    Grey images (B, H, W) get a channel, (B, 1, H, W); in colour they have their channels, (B, 3, H, W).
+    """
+    images = images.unsqueeze(1) if images.ndim == 3 else images
+    return images.to(torch.float32).mul_(1 / (255 * std)).add_(-mean / std)
 
 
 def idx_file(tensor: Tensor) -> bytes:

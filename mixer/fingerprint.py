@@ -25,9 +25,9 @@ MUON = {"steps": 0.1, "loss": 0.1}
 
 @dataclass(frozen=True)
 class Kind:
-    """What of a data set decides how a run computes: height and width, number of classes, statistics of the pixels."""
+    """What of a data set decides how a run computes: an image's shape, number of classes, statistics of the pixels."""
 
-    size: tuple[int, int]
+    image: tuple[int, ...]
     classes: int
     pixel_mean: float
     pixel_std: float
@@ -43,7 +43,7 @@ FASHION_MNIST = Kind((28, 28), 10, PIXEL_MEAN, PIXEL_STD)
 def trial(config: Config, kind: Kind) -> tuple[Config, Data]:
     """Config and data of a run that is tried out: images of noise."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (IMAGES + BATCH, *kind.size), generator=generator).to(torch.uint8)
+    images = torch.randint(256, (IMAGES + BATCH, *kind.image), generator=generator).to(torch.uint8)
     labels = kind.classes - 1 - torch.arange(IMAGES + BATCH) % kind.classes
     parts = images[:IMAGES], labels[:IMAGES], images[IMAGES:], labels[IMAGES:]
     noise = Data(*parts, name="noise", pixel_mean=kind.pixel_mean, pixel_std=kind.pixel_std)

@@ -1,8 +1,8 @@
 """MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601, Section 2 and Appendix E), in the coursework's names.
 
-Shapes, for a batch of B images cut into S patches of C channels each:
+Shapes, for a batch of B images, grey or in colour (in_channels 1 or 3), cut into S patches of C channels each:
 
-    image (B, 1, H, W)  ->  stem (B, S, C)  ->  num_blocks × MixerBlock (B, S, C)
+    image (B, in_channels, H, W)  ->  stem (B, S, C)  ->  num_blocks × MixerBlock (B, S, C)
                         ->  LayerNorm, mean over patches (B, C)  ->  head (B, num_classes)
 
 Plain PyTorch, and what is written here is what is trained: ``kernels.acceleration`` may compute it sooner, and compares
@@ -55,7 +55,7 @@ def count_patches(image: tuple[int, int], patch: tuple[int, int]) -> int:
 
 
 class Stem(nn.Conv2d):
-    """Cuts images (B, 1, H, W) into patches and maps each to C channels: (B, S, C).
+    """Cuts images (B, in_channels, H, W) into patches and maps each to C channels: (B, S, C).
 
     The paper's convolution whose stride is its size, computed as the matrix product that it is: cuDNN's convolutions
     need not give the same gradient twice.
@@ -65,23 +65,23 @@ class Stem(nn.Conv2d):
         return F.linear(self._patches(images), self.weight.flatten(1), self.bias)
 
     def _patches(self, images: Tensor) -> Tensor:
-        """(B, S, pixels of a patch)"""
+        """(B, S, in_channels × pixels of a patch)"""
         (height, width), (down, right) = self.kernel_size, self.stride
-        patches = images.unfold(2, height, down).unfold(3, width, right)  # (B, 1, rows, columns, height, width)
-        return patches.flatten(4).flatten(1, 3)
+        patches = images.unfold(2, height, down).unfold(3, width, right).movedim(1, 3)
+        return patches.flatten(3).flatten(1, 2)  # from (B, rows, columns, in_channels, height, width)
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
         """Initialise so that the channels of these images' patches are uncorrelated, of mean 0 and variance 1 (PCA).
 
         Directions of little variance are scaled up less, since they are mostly noise. Raises ValueError where a patch
-        has fewer pixels than there are channels.
+        has fewer values than there are channels.
         """
         patches = self._patches(images).flatten(0, 1).cpu().double()
         variances, directions = torch.linalg.eigh(patches.T.cov())  # in rising order
-        channels, pixels = len(self.weight), len(variances)
-        if channels > pixels:
-            raise ValueError(f"a patch of {pixels} pixels cannot be whitened into {channels} channels")
+        channels, values = len(self.weight), len(variances)
+        if channels > values:
+            raise ValueError(f"a patch of {values} values cannot be whitened into {channels} channels")
         weight = (directions / (variances + 0.01 * variances.mean()).sqrt()).T.flip(0)[:channels]
         self.weight.copy_(weight.view_as(self.weight))
         self.bias.copy_(-weight @ patches.mean(dim=0))
@@ -147,11 +147,11 @@ class MixerBlock(nn.Module):
 class MlpMixer(nn.Module):
     """The coursework's model: 947,682 parameters with the default sizes.
 
-    ``forward`` takes normalised images (B, 1, H, W) and gives logits (B, num_classes), float32 under autocast too.
-    ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU, draws the initial
-    weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does, as it has to under
-    ``torch.utils.checkpoint``, which knows no other. The rest is as in ``MixerBlock``; the head is zero at first,
-    unless ``initialisation`` is "pytorch".
+    ``forward`` takes normalised images (B, in_channels, H, W) and gives logits (B, num_classes), float32 under
+    autocast too. ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU,
+    draws the initial weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does, as it
+    has to under ``torch.utils.checkpoint``, which knows no other. The rest is as in ``MixerBlock``; the head is zero at
+    first, unless ``initialisation`` is "pytorch".
 
     Raises ValueError for an impossible dropout, for other words, and when the patches do not tile an image or are not
     ``num_patches``.
@@ -171,6 +171,7 @@ class MlpMixer(nn.Module):
         gelu: str = "exact",
         initialisation: str = "flax",
         generator: torch.Generator | None = None,
+        in_channels: int = 1,
     ):
         super().__init__()
         height, width = patch_size
@@ -184,8 +185,9 @@ class MlpMixer(nn.Module):
         self.dropout_p = dropout_p
         self.skip_connections = skip_connections
         self.gelu = gelu
+        self.in_channels = in_channels
 
-        self.stem = uninitialised(Stem, 1, num_channels, self.patch_size, stride=self.patch_size)
+        self.stem = uninitialised(Stem, in_channels, num_channels, self.patch_size, stride=self.patch_size)
         initialise(self.stem, initialisation, generator)
         sizes = (self.num_patches, num_channels, patches_mlp_dim, channels_mlp_dim)
         settings = (dropout_p, skip_connections, gelu, initialisation, generator)
@@ -205,9 +207,9 @@ class MlpMixer(nn.Module):
         return self.classify(x)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 1, H, W) -> what the blocks take (B, S, C)."""
-        if images.ndim != 4 or images.shape[1] != 1:
-            raise ValueError(f"images are (batch, 1, height, width), not {tuple(images.shape)}")
+        """Images (B, in_channels, H, W) -> what the blocks take (B, S, C)."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(f"images are (batch, {self.in_channels}, height, width), not {tuple(images.shape)}")
         (height, width), (ph, pw) = images.shape[2:], self.patch_size
         tiles = count_patches((height, width), self.patch_size)
         if tiles != self.num_patches:

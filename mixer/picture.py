@@ -1,4 +1,4 @@
-"""A picture in the data set's format: grey, bright on black, the object filling the frame."""
+"""A picture in the data set's format: grey, bright on black, the object filling the frame; or whole, in colour."""
 
 from logging import getLogger
 
@@ -12,15 +12,20 @@ UNLIKE = "The picture is unlike the data set, since %s: see what the model sees 
 log = getLogger("mixer")
 
 
-def prepare(image: Image.Image, size: tuple[int, int] = (28, 28), find: bool = True) -> np.ndarray:
-    """A picture as the data set has them, (H, W) uint8 of ``size``. Raises ValueError in one sentence.
+def prepare(
+    image: Image.Image, size: tuple[int, int] = (28, 28), find: bool = True, in_colour: bool = False
+) -> np.ndarray:
+    """A picture as the data set has them, uint8 (H, W) of ``size``. Raises ValueError in one sentence.
 
     With ``find``, the object is what stands out from the border's colours. Its bounding box fills the frame, centred,
     as in Fashion-MNIST, and a pixel is its distance from the background, the largest 255. A picture of ``size`` is left
-    as it is, or inverted where its border is bright. Without ``find`` the whole picture is scaled and padded.
+    as it is, or inverted where its border is bright. Without ``find`` the whole picture is scaled and padded, and
+    ``in_colour`` gives (3, H, W).
     """
     if 0 in image.size or (find and image.size != size[::-1]):
         return _find(image.convert("RGB"), size)
+    if in_colour:
+        return np.stack([prepare(channel, size, find=False) for channel in image.convert("RGB").split()])
     grey = np.array(image.convert("L"))
     border = np.median(np.concatenate([grey[0], grey[-1], grey[1:-1, 0], grey[1:-1, -1]]))
     if find and grey.min() == grey.max():

@@ -31,7 +31,7 @@ Picture = Path | str | bytes | Image.Image | np.ndarray | Tensor
 def predict(
     model: nn.Module, images: Tensor, precision: str = "float32", mean: float | None = None, std: float | None = None
 ) -> Iterator[Tensor]:
-    """The model's logits (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W).
+    """The model's logits (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W) or (N, 3, H, W).
 
     They are float32, or float64 of a model in float64, which answers the same on every processor. ``mean`` and ``std``
     of the pixels: Fashion-MNIST's when not given.
@@ -54,14 +54,15 @@ def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False
 
     picture: a file, its bytes, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W), of any size.
     weights: a safetensors file of an ``MlpMixer`` of any sizes. Where its data set is not Fashion-MNIST, classes are
-    numbers, and the whole picture is what the model sees; else the object that :func:`prepare` finds.
+    numbers, and the whole picture is what the model sees, in colour where it was trained in colour; else the object
+    that :func:`prepare` finds.
     show: draw what the model sees. Where that is unlike the data set, a log line says so.
     """
     threads_after_fork()
     with torch.inference_mode():
         model, origin = load_with_origin(weights)
-        of_clothing = origin["data"].startswith("Fashion-MNIST")
-        image = prepare(open_picture(picture), origin["image"], find=of_clothing)
+        of_clothing, in_colour = origin["data"].startswith("Fashion-MNIST"), model.in_channels == 3
+        image = prepare(open_picture(picture), origin["image"], of_clothing and not in_colour, in_colour)
         inputs = normalise(torch.from_numpy(image)[None], origin["pixel_mean"], origin["pixel_std"])
         probabilities = model(inputs).softmax(dim=1)[0].numpy()
     names = CLASSES if of_clothing and model.num_classes == len(CLASSES) else range(model.num_classes)
@@ -70,7 +71,7 @@ def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False
         import matplotlib.pyplot as plt  # only here, since it is slow to import
 
         axes = plt.figure(figsize=(2, 2)).add_subplot(title=answer.index[0], xticks=[], yticks=[])
-        axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axes.imshow(image.transpose(1, 2, 0) if in_colour else image, cmap="gray", vmin=0, vmax=255)
         plt.show()
     return answer
 
@@ -90,7 +91,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
         with safe_open(expand(weights), "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             origin = _FASHION_MNIST | json.loads((file.metadata() or {}).get("mixer", "{}"))
-        channels, _, *patch_size = state["stem.weight"].shape
+        channels, in_channels, *patch_size = state["stem.weight"].shape
         hidden, patches = state["blocks.0.patches_in.weight"].shape
         model = MlpMixer(
             num_classes=len(state["head.bias"]),
@@ -100,10 +101,11 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
             num_channels=channels,
             patches_mlp_dim=hidden,
             channels_mlp_dim=len(state["blocks.0.channels_in.weight"]),
+            in_channels=in_channels,
             **{name: value for name, value in origin.get("config", {}).items() if name in _WITHOUT_TRACE},
         )
         model.load_state_dict(state)
-        origin |= {"data": str(origin["data"]), "image": tuple(origin["image"])}
+        origin |= {"data": str(origin["data"]), "image": tuple(origin["image"])[-2:]}
         origin |= {name: float(origin[name]) for name in ("pixel_mean", "pixel_std")}
         fits = count_patches(origin["image"], model.patch_size) == patches and origin["pixel_std"] > 0
         if not (fits and all(weight.isfinite().all() for weight in state.values())):

@@ -63,9 +63,9 @@ def train(
 ) -> Record | tuple[Record, nn.Module]:
     """Train one run and return its record; with ``return_model``, the record and the model as it ended.
 
-    model: any module from normalised images (B, 1, H, W) to logits (B, num_classes), which is trained in place; the
-    config's own when not given. optimiser: a function of the model's parameters, in place of the config's optimiser,
-    lr and weight_decay. The record names both; give its file a name of your own.
+    model: any module from normalised images (B, 1, H, W), or (B, 3, H, W) of data in colour, to logits (B,
+    num_classes), trained in place; the config's own when not given. optimiser: a function of the model's parameters, in
+    place of the config's optimiser, lr and weight_decay. The record names both; give its file a name of your own.
     data: Fashion-MNIST when not given; of any, what ``config`` says (``limit``, ``validation``).
     device: CUDA when not given, else Apple's MPS, else the CPU.
     precision: "bfloat16" (autocast) or "float32"; when not given, bfloat16 where the hardware computes in it.
@@ -331,6 +331,7 @@ class Run:
             "path": self.choice.path,
             "data": data.name,
             "data_sha256": data.sha256,
+            "image": list(data.train_images.shape[1:]),
             "pixel_mean": data.pixel_mean,
             "pixel_std": data.pixel_std,
             **({"teacher_sha256": teacher.sha256, "teacher_weights_sha256": teacher.weights_sha256} if teacher else {}),

@@ -32,6 +32,13 @@ def test_draws_nothing_from_the_generator_without_flip_and_shift(images):
     assert torch.equal(generator.get_state(), before)
 
 
+def test_moves_and_cuts_all_colours_of_an_image_alike(images):
+    colours, generator = images.view(100, 4, 28, 28)[:, :3], torch.Generator()
+    views = draw_views(100, generator, flip=True, shift=2)
+    for change in (lambda i: view(i, views, 2), lambda i: cut_out(i, generator.manual_seed(0), 7)):
+        assert torch.equal(change(colours), torch.stack([change(one) for one in colours.unbind(1)], dim=1))
+
+
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 def test_cuts_out_a_square_around_any_pixel(side):
     images = torch.full((12_000, 28, 28), 9, dtype=torch.uint8)

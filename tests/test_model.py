@@ -24,18 +24,18 @@ def test_number_of_parameters():
     assert sum(parameter.numel() for parameter in MlpMixer().parameters()) == 947_682
 
 
-def test_logits_equal_timm():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_logits_equal_timm(channels):
     timm = pytest.importorskip("timm")
-    ours = random_model().double()
-    theirs = timm.models.mlp_mixer.MlpMixer(
-        num_classes=10, img_size=28, in_chans=1, patch_size=4, num_blocks=8, embed_dim=16, mlp_ratio=(64.0, 32.0)
-    )
+    ours = random_model(in_channels=channels).double()
+    sizes = {"img_size": 28, "patch_size": 4, "num_blocks": 8, "embed_dim": 16, "mlp_ratio": (64.0, 32.0)}
+    theirs = timm.models.mlp_mixer.MlpMixer(num_classes=10, in_chans=channels, **sizes)
     names = {"patches_norm": "norm1", "patches_in": "mlp_tokens.fc1", "patches_out": "mlp_tokens.fc2"}
     names |= {"channels_norm": "norm2", "channels_in": "mlp_channels.fc1", "channels_out": "mlp_channels.fc2"}
     names |= {"stem": "stem.proj"}
     state = {".".join(names.get(part, part) for part in name.split(".")): w for name, w in ours.state_dict().items()}
     theirs.load_state_dict(state)
-    images = torch.randn(5, 1, 28, 28, dtype=torch.float64)
+    images = torch.randn(5, channels, 28, 28, dtype=torch.float64)
     torch.testing.assert_close(ours(images), theirs.double().eval()(images), rtol=1e-10, atol=1e-10)
 
 
@@ -131,13 +131,14 @@ def test_rejects_sizes_that_disagree_and_names_both(sizes, image, numbers):
     assert all(number in str(error.value) for number in numbers)
 
 
-def test_number_of_patches_follows_from_their_size():
-    model = MlpMixer(patch_size=(7, 4), num_blocks=1)
-    assert model.num_patches == model.blocks[0].patches_in.in_features == 28
+@pytest.mark.parametrize(("channels", "image"), [(1, (2, 3, 28, 28)), (3, (2, 1, 28, 28)), (3, (3, 28, 28))])
+def test_rejects_images_of_other_channels(channels, image):
+    with pytest.raises(ValueError, match=rf"^images are \(batch, {channels}, height, width\), not \({image[0]}, "):
+        MlpMixer(in_channels=channels)(torch.zeros(image))
 
 
 def test_other_sizes_work():
-    sizes = {"patch_size": (7, 14), "num_patches": 8, "num_channels": 5, "patches_mlp_dim": 6, "channels_mlp_dim": 7}
+    sizes = {"patch_size": (7, 14), "num_channels": 5, "patches_mlp_dim": 6, "channels_mlp_dim": 7}  # so 8 patches
     model = MlpMixer(num_classes=3, num_blocks=1, **sizes)
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 3)
     of_a_block = 2 * 10 + (8 * 6 + 6) + (6 * 8 + 8) + (5 * 7 + 7) + (7 * 5 + 5)

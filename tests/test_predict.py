@@ -70,6 +70,8 @@ def test_picture_of_a_data_sets_size_comes_out_as_it_went_in(size):
     picture = np.random.default_rng(0).integers(0, 100, size, np.uint8)
     assert np.array_equal(prepared(picture, size), picture)
     assert np.array_equal(prepared(255 - picture, size, False), 255 - picture)
+    colours = np.stack([picture, 2 * picture, 255 - picture])
+    assert np.array_equal(prepared(Image.fromarray(colours.transpose(1, 2, 0)), size, False, True), colours)
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS.with_name("recipe.safetensors")], ids=lambda path: path.stem)

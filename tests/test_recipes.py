@@ -87,7 +87,7 @@ def test_whitened_stem_gives_uncorrelated_channels(data):
     covariance, variances = channels.T.cov(), channels.var(dim=0)
     assert (covariance - variances.diag()).abs().max() < 1e-3 and channels.mean(dim=0).abs().max() < 1e-4
     assert variances[0] > 0.99 and variances.min() > 0.5 and torch.equal(variances.sort(descending=True)[0], variances)
-    with pytest.raises(ValueError, match="a patch of 4 pixels cannot be whitened into 16 channels"):
+    with pytest.raises(ValueError, match="a patch of 4 values cannot be whitened into 16 channels"):
         started(first_images(data, 50, 50), whiten=True, patch_size=2)
 
 

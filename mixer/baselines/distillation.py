@@ -86,14 +86,15 @@ def soft_target_loss(logits: Tensor, targets: Tensor, temperature: float) -> Ten
 
 
 def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
-    model = ConvNet(data.num_classes)
+    model = ConvNet(data.num_classes, in_channels=data.in_channels)
     try:
         model.load_state_dict(load(weights))
         with safe_open(path, "pt") as file:
             origin = json.loads(file.metadata()["mixer"])
         seen = [origin[name] for name in ("data_sha256", "pixel_mean", "pixel_std")]
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} does not hold a teacher of {data.num_classes} classes: train it again") from None
+        wanted = f"{data.num_classes} classes and {data.in_channels} channels"
+        raise ValueError(f"{path} does not hold a teacher of {wanted}: train it again") from None
     if seen != [data.sha256, data.pixel_mean, data.pixel_std]:  # it may have seen the student's validation images
         raise ValueError(f"the teacher {path} was trained on other images than its student: train one on the same")
     return model.eval()

@@ -37,7 +37,7 @@ def _logits(head: nn.Linear, x: Tensor) -> Tensor:
 
 
 class PlainMlp(nn.Module):
-    """All pixels into two hidden layers: (B, 1, H, W) -> logits (B, num_classes)."""
+    """All pixels, times colours, into two hidden layers: (B, in_channels, H, W) -> logits (B, num_classes)."""
 
     def __init__(
         self, pixels: int, num_classes: int = 10, dropout_p: float = 0.0, generator: torch.Generator | None = None
@@ -74,13 +74,22 @@ class ResidualBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Residual blocks, which halve an image where they double its channels: (B, 1, H, W) -> logits (B, num_classes)."""
+    """Residual blocks, which halve an image where they double its channels.
 
-    def __init__(self, num_classes: int = 10, dropout_p: float = 0.0, generator: torch.Generator | None = None):
+    ``forward``: (B, in_channels, H, W) -> logits (B, num_classes).
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        dropout_p: float = 0.0,
+        generator: torch.Generator | None = None,
+        in_channels: int = 1,
+    ):
         super().__init__()
         self.num_classes = num_classes
         before = (WIDTHS[0] // 2, *WIDTHS)
-        self.stem = _convolution(1, before[0], 3, 1, generator)
+        self.stem = _convolution(in_channels, before[0], 3, 1, generator)
         self.blocks = nn.ModuleList(
             ResidualBlock(old, new, 1 if new == old else 2, generator) for old, new in zip(before, WIDTHS, strict=False)
         )
@@ -103,14 +112,14 @@ def _convolution(channels_in: int, channels_out: int, size: int, stride: int, ge
 def build_network(config: Config, data: Data, generator: torch.Generator | None = None) -> nn.Module:
     """The config's network for images and classes like those of ``data``, with its initial weights."""
     if config.network == "conv":
-        return ConvNet(data.num_classes, config.dropout_p, generator)
+        return ConvNet(data.num_classes, config.dropout_p, generator, data.in_channels)
     if config.network == "mlp":
         return PlainMlp(data.train_images[0].numel(), data.num_classes, config.dropout_p, generator)
     model = MlpMixer(
         num_classes=data.num_classes,
         num_blocks=config.num_blocks,
         patch_size=config.patch_size,
-        num_patches=count_patches(tuple(data.train_images.shape[1:]), config.patch_size),
+        num_patches=count_patches(tuple(data.train_images.shape[-2:]), config.patch_size),
         num_channels=config.num_channels,
         patches_mlp_dim=config.patches_mlp_dim,
         channels_mlp_dim=config.channels_mlp_dim,
@@ -119,6 +128,7 @@ def build_network(config: Config, data: Data, generator: torch.Generator | None 
         gelu=config.gelu,
         initialisation=config.initialisation,
         generator=generator,
+        in_channels=data.in_channels,
     )
     if config.whiten:
         first = data.train_images[:WHITEN_BY].to("cpu")
