@@ -20,7 +20,7 @@ from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
 from mixer.data import DataError, prepare
 from mixer.records import RESULTS, Record, best, coursework, read_records, record_path, weights_path
-from mixer.runner import GridError, run_grid
+from mixer.runner import GridError, check_code, run_grid
 from mixer.studies import gradients, label_errors, shuffle
 from mixer.system.affinity import cores
 from mixer.system.device import find_device
@@ -162,6 +162,7 @@ def found(folders: Iterable[str] = ()) -> dict[Config, Record]:
     At a constant learning rate the first epochs of a run are the shorter run. Raises RecordError.
     """
     records = [record for folder in ("", *folders) for record in read_records(RESULTS / folder)]
+    check_code(records)
     by_config = {Config(**record["config"]): record for record in records}
     for config, record in list(by_config.items()):
         for epochs in (8, 10):
