@@ -29,13 +29,12 @@ main("--recipe coursework --num-blocks 1 --patches-mlp-dim 16 --channels-mlp-dim
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> tuple[Path, bool, list]:
     """The working directory of CODE, run with a wheel; whether the wheel's files are untouched; what was printed."""
-    source, wheels, folder, start = map(tmp_path_factory.mktemp, ("source", "wheels", "installed", "start"))
+    source, folder, start = map(tmp_path_factory.mktemp, ("source", "installed", "start"))
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, source)
     shutil.copytree(PROJECT / "mixer", source / "mixer", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", source, "--no-deps", "--no-build-isolation", "-w", wheels], check=True)
-    subprocess.run([*pip, "install", "--no-deps", "--target", folder, *wheels.iterdir()], check=True)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--target", folder, source], check=True)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     environment = os.environ | {"MIXER_DATA": "", "XDG_DATA_HOME": "/xdg", "PYTHONPATH": str(folder)}
     done = subprocess.run(

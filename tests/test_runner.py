@@ -28,7 +28,7 @@ from mixer.checkpoint import last_weights
 from mixer.config import Config
 from mixer.model import MixerBlock
 from mixer.records import RecordError, read_record, read_records, record_path, weights_path
-from mixer.runner import GridError, check_code, run_grid
+from mixer.runner import GridError, check_code, fingerprints, run_grid, run_one
 from mixer.system.files import unseal
 from mixer.training import train
 
@@ -154,13 +154,13 @@ def test_rejects_a_record_of_other_code(run, tmp_path):
     assert read_records(tmp_path) == [other]
 
 
-def test_model_changed_in_this_process_only_is_refused_by_workers(run, tmp_path, monkeypatch):
+def test_worker_refuses_to_train_another_model_than_is_asked_for(tmp_path, own_data, trained, monkeypatch):
+    codes = fingerprints(TWO[:1], own_data)
     monkeypatch.setattr(MixerBlock, "forward", lambda block, x: x)
-    with pytest.raises(
-        GridError, match="was changed in this process only, and worker processes do not have the change"
-    ):
-        run(TWO, tmp_path, jobs=2)
-    assert not list(tmp_path.rglob("*.*"))
+    monkeypatch.setattr(runner, "position", lambda: 0)  # as in a worker
+    with pytest.raises(ValueError, match="was changed in this process only, and worker processes do not have"):
+        run_one(TWO[0], tmp_path, data=own_data, codes=codes)
+    assert trained == []
 
 
 def test_says_which_records_are_of_other_code(caplog, monkeypatch):
@@ -183,10 +183,10 @@ def test_threads_train_the_records_of_runs_in_turn(run, tmp_path):
 
 
 def test_dask_trains_the_same_records(run, tmp_path):
-    """As README's lines for Slurm do it: one process a job, with a thread for each of its cores."""
+    """As README's lines for Slurm do it, with a thread for each core, but in this process, which has PyTorch."""
     distributed = pytest.importorskip("distributed")
     configs = [tiny(seed) for seed in range(3)]
-    with distributed.Client(n_workers=1, threads_per_worker=3, dashboard_address=None) as client:
+    with distributed.Client(processes=False, n_workers=1, threads_per_worker=3, dashboard_address=None) as client:
         records = run(configs, tmp_path / "dask", executor=client.get_executor())
     assert timeless(records) == timeless(run(configs, tmp_path / "here"))
 
