@@ -109,6 +109,7 @@ def test_commit_is_the_packages_with_a_plus_where_it_differs(tmp_path, monkeypat
         monkeypatch.setattr(records, "_PACKAGE", tmp_path / package)
         return records._commit()
 
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # which may ask for signatures, or have hooks
     shutil.copytree(PROJECT / "mixer", tmp_path / "mixer", ignore=shutil.ignore_patterns("__pycache__"))
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         git(*arguments)
