@@ -151,16 +151,6 @@ def test_trains_what_is_written_in_forward(few, monkeypatch):
     assert [epoch["train_loss"] for epoch in record["history"]] == [epoch["train_loss"] for epoch in plain["history"]]
 
 
-def test_calls_a_hook_from_the_epoch_after_on_epoch_registers_it(few):
-    calls = []
-
-    def on_epoch(_, model):
-        model.blocks[0].channels_in.register_forward_hook(lambda module, *_: calls.append(module.training))
-
-    train(SHORT, data=few, on_epoch=on_epoch, **RUN)
-    assert calls.count(True) == 3  # the batches of the second epoch
-
-
 def test_without_the_operator_the_eager_model(monkeypatch):
     monkeypatch.setattr(fused, "_library", lambda: None)
     model, threads = mixer(), torch.get_num_threads()

@@ -144,8 +144,7 @@ def foreign(content: bytes) -> bytes:
 
 
 DAMAGE = {
-    **{"half": lambda content: content[: len(content) // 2], "empty": lambda content: b"", "foreign": foreign},
-    "bit at the start": lambda content: flipped(content, 0),
+    **{"half": lambda content: content[: len(content) // 2], "foreign": foreign},
     "bit in the middle": lambda content: flipped(content, len(content) // 2),
     "bit of the checksum": lambda content: flipped(content, len(content) - 1),
 }

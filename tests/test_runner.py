@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,14 +172,6 @@ def test_says_which_records_are_of_other_code(caplog, monkeypatch):
     check_code(records[:3])
     [line] = caplog.messages
     assert line.startswith(f"3 of 3 records were trained by other code, first {committed[0].stem} (the present code co")
-
-
-def test_threads_train_the_records_of_runs_in_turn(run, tmp_path):
-    configs = [tiny(seed, num_epochs=3) for seed in range(4)]
-    with ThreadPoolExecutor(4) as executor:
-        together = run(configs, tmp_path / "together", executor=executor)
-    assert timeless(together) == timeless(run(configs, tmp_path / "in turn"))
-    assert len({json.dumps(history) for history in timeless(together)}) == 4
 
 
 def test_dask_trains_the_same_records(run, tmp_path):
