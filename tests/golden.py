@@ -8,12 +8,23 @@ A change that is not meant to keeps them. On one thread, since eager PyTorch's s
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
+import torch
+from conftest import first_images
+
+from mixer.baselines import distillation
+from mixer.config import RECIPES, Config
+from mixer.data import Data, load
+from mixer.kernels import fused
+from mixer.records import environment
+from mixer.system.device import find_precision
+from mixer.training import train
 
 FILE = Path(__file__).with_name("golden.json")
 SMALL = {"num_blocks": 2, "patches_mlp_dim": 256, "channels_mlp_dim": 128}
@@ -56,78 +67,60 @@ def configs(eager: bool) -> dict[str, dict]:
     }
 
 
-def golden(eager: bool) -> dict[str, str]:
-    """Name and precision -> hash of the history and of the trained weights."""
-    import torch
-
-    from mixer import Config, train
-    from mixer.config import RECIPES
-    from mixer.data import load
-    from mixer.system.device import find_precision
-
-    data = load()
-    data = replace(data.first(2000), test_images=data.test_images[:500], test_labels=data.test_labels[:500])
-    few = replace(data.first(600), name="few")
-    cpu = torch.device("cpu")
-    precisions = sorted({"float32", find_precision(cpu)})
+def golden(wanted: Collection[str] = ()) -> dict[str, str]:
+    """Name and precision -> hash of the history and of the trained weights: of all, or of those that are wanted."""
+    data = first_images(load(), 2000, 500)
+    few, threads = replace(data.first(600), name="few"), torch.get_num_threads()
     answers = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MIXER_DATA"] = folder  # where a teacher's answers are kept
-        from mixer.baselines import distillation
-
-        distillation.WEIGHTS = Path(folder)
-        for name, changes in configs(eager).items():
-            recipe = RECIPES[changes] if isinstance(changes, str) else changes
-            config = Config(**{"num_epochs": 1} | recipe | ({"num_epochs": 1} if isinstance(changes, str) else {}))
-            images = data
-            if name in ("teacher", "distilled", "patient", "conv"):
-                images, config = few, replace(config, shift=min(config.shift, 1))
-            for precision in precisions:
-                if name == "tanh" and precision == "float32" and not eager:
-                    continue  # new in the operator, so no record is of it
-                if config.teacher:
-                    weights = Path(folder, f"{config.teacher}.safetensors")
-                    train(Config(network="conv", num_epochs=1, lr=0.003), data=few, device="cpu", precision="float32",
-                          weights=weights, progress=False)  # fmt: skip
-                record, model = train(
-                    config, data=images, device="cpu", precision=precision, progress=False, return_model=True
-                )
-                digest = hashlib.sha256()
-                for epoch in record["history"]:
-                    digest.update(json.dumps({k: v for k, v in epoch.items() if k != "seconds"}).encode())
-                for key, tensor in model.state_dict().items():
-                    digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
-                answers[f"{'eager ' if eager else ''}{name}, {precision}"] = digest.hexdigest()[:16]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIXER_DATA", folder)  # where a teacher's answers are kept
+        patch.setattr(distillation, "WEIGHTS", Path(folder))
+        for eager in (False, True):
+            patch.setattr(fused, "WANTED", not eager)
+            for name, changes in configs(eager).items():
+                recipe = RECIPES[changes] | {"num_epochs": 1} if isinstance(changes, str) else changes
+                config, images = Config(**{"num_epochs": 1} | recipe), data
+                if name in ("teacher", "distilled", "patient", "conv"):
+                    images, config = few, replace(config, shift=min(config.shift, 1))
+                for precision in sorted({"float32", find_precision(torch.device("cpu"))}):
+                    entry = f"{'eager ' if eager else ''}{name}, {precision}"
+                    if entry == "tanh, float32" or (wanted and entry not in wanted):
+                        continue  # the first is new in the operator, so no record is of it
+                    if config.teacher:
+                        train(
+                            Config(network="conv", num_epochs=1, lr=0.003),
+                            **{"data": few, "device": "cpu", "precision": "float32", "progress": False},
+                            weights=Path(folder, f"{config.teacher}.safetensors"),
+                        )
+                    answers[entry] = digest(config, images, precision)
+    torch.set_num_threads(threads)
     return answers
 
 
-def of_this_machine() -> tuple[str, dict[str, str]]:
-    """The processor with PyTorch's version, and its golden records."""
-    import torch
+def digest(config: Config, data: Data, precision: str) -> str:
+    record, model = train(config, data=data, device="cpu", precision=precision, progress=False, return_model=True)
+    hashed = hashlib.sha256()
+    for epoch in record["history"]:
+        hashed.update(json.dumps({k: v for k, v in epoch.items() if k != "seconds"}).encode())
+    for key, tensor in model.state_dict().items():
+        hashed.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
-    from mixer.records import environment
 
-    where = f"{environment(torch.device('cpu'), 'float32')['device']}, torch {torch.__version__.partition('+')[0]}"
-    answers = {}
-    for flag in ("1", "0"):
-        variables = os.environ | {"MIXER_FUSED": flag, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--part", flag]
-        answers |= json.loads(subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True).stdout)
-    return where, answers
+def this_machine() -> str:
+    """The processor with PyTorch's version."""
+    return f"{environment(torch.device('cpu'), 'float32')['device']}, torch {torch.__version__.partition('+')[0]}"
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--part"]:
-        print(json.dumps(golden(eager=sys.argv[2] == "0")))
-        return
-    where, answers = of_this_machine()
-    kept = json.loads(FILE.read_text()) if FILE.exists() else {}
+    kept, where = json.loads(FILE.read_text()) if FILE.exists() else {}, this_machine()
     if sys.argv[1:] == ["--write"]:
-        FILE.write_text(json.dumps(kept | {where: answers}, indent=1) + "\n")
-        print(f"{len(answers)} golden records of {where}")
+        FILE.write_text(json.dumps(kept | {where: golden()}, indent=1) + "\n")
     elif where not in kept:
         sys.exit(f"There are none of {where}: --write keeps them.")
     else:
+        answers = golden()
         other = {name for name in kept[where].keys() | answers.keys() if kept[where].get(name) != answers.get(name)}
         sys.exit(f"They differ: {', '.join(sorted(other))}" if other else 0)
 

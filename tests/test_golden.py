@@ -1,12 +1,16 @@
 import json
+import os
 
 import pytest
-from golden import FILE, of_this_machine
+from golden import FILE, golden, this_machine
+
+FEW = {"coursework", "modern", "patches of 7", "two epochs", "erase and mixup", "mlp", "eager dropout", "eager tanh"}
 
 
 def test_bits_are_those_of_the_golden_records():
-    where, answers = of_this_machine()
-    kept = json.loads(FILE.read_text())
-    if where not in kept:
-        pytest.skip(f"there are no golden records of {where}: python tests/golden.py --write")
-    assert answers == kept[where]
+    """Of all in CI; elsewhere of a few, since all take minutes."""
+    kept = json.loads(FILE.read_text()).get(this_machine())
+    if kept is None:
+        pytest.skip(f"there are no golden records of {this_machine()}: python tests/golden.py --write")
+    wanted = {name: bits for name, bits in kept.items() if "CI" in os.environ or name.partition(",")[0] in FEW}
+    assert golden(wanted) == wanted
