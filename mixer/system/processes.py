@@ -1,6 +1,8 @@
 """Processes that work side by side on this machine."""
 
+import atexit
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -16,6 +18,10 @@ from typing import Any
 import torch
 
 from mixer.system.affinity import cores
+
+# Python would look through all of PyTorch's objects when a process ends, for a second and on a busy machine for more than
+# the four that Dask waits before it reports a worker as killed.
+atexit.register(gc.freeze)
 
 _position: int | None = None
 
