@@ -19,8 +19,8 @@ import torch
 
 from mixer.system.affinity import cores
 
-# Python would look through all of PyTorch's objects when a process ends, for a second and on a busy machine for more than
-# the four that Dask waits before it reports a worker as killed.
+# Python would look through all of PyTorch's objects when a process ends: for a second, and on a busy machine for longer
+# than the four that Dask waits before it reports a worker as killed.
 atexit.register(gc.freeze)
 
 _position: int | None = None
