@@ -10,7 +10,7 @@ from mixer.config import Config
 from mixer.data import normalise
 from mixer.model import MlpMixer
 from mixer.records import weights_path
-from mixer.studies.gradients import gradient_norms, measure
+from mixer.studies.gradients import first_epoch, gradient_norms, measure
 from mixer.training import train
 
 SMALL = {"num_blocks": 3, "patches_mlp_dim": 32, "channels_mlp_dim": 32, "dropout_p": 0.5}
@@ -80,3 +80,12 @@ def test_rejects_a_damaged_table(few, tmp_path, content):
     (tmp_path / "gradients.csv").write_text(content)
     with pytest.raises(ValueError, match=r"gradients\.csv is not a table of gradients .*: remove it"):
         measure(tmp_path, few)
+
+
+def test_follows_the_first_epoch_without_changing_it(few):
+    config = Config(num_epochs=1, limit=300, batch_size=60, **SMALL)
+    rows = first_epoch(config, few, "cpu")
+    _, trained = train(config, data=few, device="cpu", progress=False, return_model=True)
+    assert rows["step"].tolist() == [step for step in range(1, 6) for _ in range(SMALL["num_blocks"])]
+    assert rows.loc[rows["step"] == 5, "norm"].tolist() == gradient_norms(trained, few)
+    assert rows["loss"].iloc[-1] < rows["loss"].iloc[0]

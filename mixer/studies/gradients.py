@@ -1,6 +1,9 @@
 """How much of the loss's gradient reaches each block, with and without skip connections.
 
-python -m mixer.studies.gradients       results/questions/gradients.csv, from the weights that were trained here
+python -m mixer.studies.gradients       two tables in results/questions
+
+gradients.csv is measured on the weights that were trained here; first_epoch.csv, where it is missing, by training the
+first epoch of eight runs again (some ten minutes).
 """
 
 import sys
@@ -12,14 +15,18 @@ import torch
 import torch.nn.functional as F
 
 from mixer import data as fashion_mnist
+from mixer.config import Config, grid
 from mixer.data import Data, DataError, normalise
 from mixer.kernels import fused
 from mixer.model import MlpMixer
 from mixer.prediction import load_with_origin
 from mixer.records import RESULTS
+from mixer.system.device import by_itself, find_device, find_precision
 from mixer.system.files import write_whole
+from mixer.training import Run, part_of
 
 IMAGES, BATCH = 1000, 100  # the first training images; as many at a time as stay in cache
+STEPS = 1, 2, 3, 4, 5, 10, 20, 50, 100, 235  # of the first epoch; the last one is its end
 
 
 def gradient_norms(model: MlpMixer, data: Data) -> list[float]:
@@ -28,9 +35,13 @@ def gradient_norms(model: MlpMixer, data: Data) -> list[float]:
     All outputs are tables (patches, channels) of one size, so that the norms of two blocks can be compared. float32;
     the model is put into evaluation mode. Where the head is zero, so are the norms.
     """
+    return _norms_and_loss(model, data)[0]
+
+
+def _norms_and_loss(model: MlpMixer, data: Data) -> tuple[list[float], float]:
     model.eval()
     images, labels = (part[:IMAGES].split(BATCH) for part in (data.train_images, data.train_labels))
-    total = torch.zeros(len(model.blocks), dtype=torch.float64)
+    total, total_loss = torch.zeros(len(model.blocks), dtype=torch.float64), 0.0
     with fused.threads_for_the_operator():
         for batch, answers in zip(images, labels, strict=True):
             outputs = [model.embed(normalise(batch, data.pixel_mean, data.pixel_std))]
@@ -40,7 +51,9 @@ def gradient_norms(model: MlpMixer, data: Data) -> list[float]:
             loss = F.cross_entropy(model.classify(outputs[-1]), answers, reduction="sum")
             gradients = torch.autograd.grad(loss, outputs[1:])
             total += torch.stack([gradient.flatten(1).norm(dim=1).sum() for gradient in gradients]).cpu()
-    return (total / sum(map(len, labels))).tolist()
+            total_loss += float(loss.detach())
+    count = sum(map(len, labels))
+    return (total / count).tolist(), total_loss / count
 
 
 def measure(folder: Path, data: Data) -> pd.DataFrame:
@@ -59,16 +72,49 @@ def measure(folder: Path, data: Data) -> pd.DataFrame:
         norms = gradient_norms(model, replace(data, pixel_mean=origin["pixel_mean"], pixel_std=origin["pixel_std"]))
         rows |= {(weights.stem, block): norm for block, norm in enumerate(norms, start=1)}
     frame = pd.DataFrame([(*key, norm) for key, norm in sorted(rows.items())], columns=["run", "block", "norm"])
-    write_whole(path, frame.to_csv(index=False, float_format="%.4g", lineterminator="\n").encode())
+    _write(frame, path)
     return frame
 
 
+def first_epoch(config: Config, data: Data, device: str | torch.device | None = None) -> pd.DataFrame:
+    """Train the config's first epoch; after each of STEPS, block by block, ``gradient_norms`` and the mean loss.
+
+    Columns run, step, loss, block (from 1), norm; the loss is that of the same images in the same mode. Measuring does
+    not change the training. Device as for ``train``.
+    """
+    device, rows, steps = find_device(device), [], 0
+    with by_itself(device):
+        run = Run(config, device, find_precision(device), part_of(data.to(device), config))
+
+        def on_step(*_) -> None:
+            nonlocal steps
+            steps += 1
+            if steps in STEPS:
+                norms, loss = _norms_and_loss(run.model, run.data)
+                rows.extend((config.name, steps, loss, block, norm) for block, norm in enumerate(norms, start=1))
+                run.model.train()
+
+        run.train_epoch(on_step)
+    return pd.DataFrame(rows, columns=["run", "step", "loss", "block", "norm"])
+
+
 def main() -> None:
+    """Measure both tables; the second takes eight blocks without dropout, with and without skip connections."""
+    configs = grid(dropouts=0.0, batch_sizes=256, seeds=[0, 1], num_epochs=10, skip_connections=[True, False])
+    folder = RESULTS / "questions"
     try:
-        frame = measure(RESULTS / "questions", fashion_mnist.load())
+        data = fashion_mnist.load()
+        frame = measure(folder, data)
+        if not (folder / "first_epoch.csv").exists():
+            steps = pd.concat([first_epoch(config, data) for config in configs])
+            _write(steps, folder / "first_epoch.csv")
     except (DataError, ValueError, OSError) as error:
         sys.exit(str(error))
     print(f"results/questions/gradients.csv has the gradients of {frame['run'].nunique()} runs.")
+
+
+def _write(frame: pd.DataFrame, path: Path) -> None:
+    write_whole(path, frame.to_csv(index=False, float_format="%.4g", lineterminator="\n").encode())
 
 
 if __name__ == "__main__":
