@@ -19,20 +19,20 @@ from mixer.records import read_records, record_path
 ROOT = Path(__file__).parent.parent
 
 
-def test_two_jobs_train_and_print_a_table_and_how_to_draw_it(tmp_path, capfd, monkeypatch):
+def test_trains_and_prints_a_table_and_how_to_draw_it(tmp_path, capsys, monkeypatch):
     matplotlib.use("agg")
     data, results = write_data(tmp_path / "letters", seed=0), tmp_path / "it's here"
     options = "--lr 0.01 --dropout 0.1 --batch-size 16 --seeds 0 1 --num-epochs 1 --num-blocks 1 --patch-size 4x4"
     options += " --patches-mlp-dim 16 --channels-mlp-dim 16 --device cpu"
     arguments = ["--results", str(results), "--data", str(data), *options.split()]
-    main([*arguments, "--jobs", "2"])
-    output, progress = capfd.readouterr()
+    main([*arguments, "--jobs", "1"])  # worker processes: test_runner.py
+    output, progress = capsys.readouterr()
     assert all(f"100% 00:00 left, run {n}/2, all ~0" in progress for n in (1, 2)) and "Warning" not in progress
     assert [record["config"]["seed"] for record in read_records(results)] == [0, 1]
     header, first, second, *_ = output.splitlines()
     assert header.split()[0] == "run" and [row.split()[0] for row in (first, second)] == [tiny(0).name, tiny(1).name]
     main(arguments)  # reads the records, and says the same
-    assert capfd.readouterr() == (output, "")
+    assert capsys.readouterr() == (output, "")
     monkeypatch.chdir(tmp_path)
     exec(output.partition("in Python:\n")[2])
     assert (tmp_path / "accuracy.png").exists()

@@ -39,7 +39,7 @@ def test_excludes_threads_and_leaves_no_file(tmp_path):
 
 @pytest.mark.skipif(not hasattr(signal, "pause"), reason="needs Unix")
 def test_is_refused_while_another_process_lives_and_taken_after_its_death(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # which need not import PyTorch
     path, ready = tmp_path / "run.lock", context.Event()
     process = context.Process(target=hold, args=(path, ready))
     process.start()
