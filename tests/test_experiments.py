@@ -1,4 +1,3 @@
-import nbformat
 import pytest
 
 from mixer.checkpoint import last_weights
@@ -31,14 +30,6 @@ def test_lists_a_finished_experiment_as_complete(name, capsys):
     *runs, total = capsys.readouterr().out.splitlines()
     assert total == f"{name}: {len(runs)} runs, 0 missing"
     assert all((PROJECT / run.removeprefix("there   ")).exists() for run in runs)
-
-
-@pytest.mark.parametrize("notebook", ["questions", "recipe"])
-def test_a_notebook_shows_the_seeds_that_are_trained(notebook):
-    book, parameters = nbformat.read(PROJECT / "notebooks" / f"{notebook}.ipynb", 4), {}
-    exec(next(cell.source for cell in book.cells if cell.id == "parameters"), parameters)
-    seeds = [parameters[name] for name in ("seeds", "fewer_seeds") if name in parameters]
-    assert getattr(experiments, notebook)(*seeds) == getattr(experiments, notebook)()
 
 
 def test_suggests_an_experiment_and_make_has_them_all():
