@@ -217,7 +217,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
         for row, column in np.argwhere(counts):
             count = counts[row, column]
             colour = "white" if norm(count) > 0.6 else INK
-            matrix.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=6.5)
+            matrix.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
         matrix.set_xticks(range(len(CLASSES)), CLASSES, rotation=40, ha="right", rotation_mode="anchor")
         matrix.set_yticks(range(len(CLASSES)), CLASSES)
         matrix.set(xlabel="predicted", ylabel="true")
@@ -226,7 +226,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
         bars.barh(range(len(CLASSES)), accuracy, height=0.62, color="#9DB6D6")
         bars.errorbar(accuracy, range(len(CLASSES)), xerr=reach, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5)
         for row, value in enumerate(accuracy):
-            bars.text(0.02, row, f"{100 * value:.1f} %", va="center", fontsize=6.5)
+            bars.text(0.02, row, f"{100 * value:.1f} %", va="center", fontsize=7)
         bars.set(xlim=(0, 1), xlabel="accuracy")
         bars.xaxis.set_major_formatter(_PERCENT)
         bars.grid(axis="y", visible=False)
