@@ -101,23 +101,23 @@ def second_round() -> dict[str, Sets]:
     }
 
 
-def recipe(seeds: Iterable[int] = range(3), fewer_seeds: Iterable[int] = range(2)) -> dict[str, Sets]:
+def recipe() -> dict[str, Sets]:
     """The parts of recipe.ipynb."""
     short = RECIPES["modern"] | {"num_epochs": 20}
     others = short | {"whiten": False, "initialisation": "flax"}  # which apply to a mixer only
     return {
-        "recipes": sets(seeds, {}, recipe={name: RECIPES[name] for name in ("modern", "distilled", "patient")}),
+        "recipes": sets(range(3), {}, recipe={name: RECIPES[name] for name in ("modern", "distilled", "patient")}),
         "teacher": sets([0], {}, recipe={"teacher": RECIPES["teacher"]}),
-        "ingredients": sets(fewer_seeds, short, without={"the recipe": {}} | WITHOUT),
-        "other networks": sets(fewer_seeds, others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
+        "ingredients": sets(range(2), short, without={"the recipe": {}} | WITHOUT),
+        "other networks": sets(range(2), others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
     }
 
 
-def shuffles(seeds: Iterable[int] = range(2)) -> list[tuple[Sets, list[str]]]:
+def shuffles() -> list[tuple[Sets, list[str]]]:
     """Sets, and the orders of the pixels in which each is trained."""
     ten = DROPOUT | {"num_epochs": 10}
     afresh = sets(range(3, 10), ten, network={"mixer": {}}) | sets(range(3, 6), ten, network={"ConvNet": CONV})
-    return [(sets(seeds, ten, network={"mixer": {}, "ConvNet": CONV}), list(ORDERS)), (afresh, list(ORDERS)[:2])]
+    return [(sets(range(2), ten, network={"mixer": {}, "ConvNet": CONV}), list(ORDERS)), (afresh, list(ORDERS)[:2])]
 
 
 class Stage(NamedTuple):
