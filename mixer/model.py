@@ -1,12 +1,12 @@
-"""MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601, Section 2 and Appendix E), in the coursework's names.
+"""MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601, Section 2 and Appendix E), with the coursework's names.
 
-Shapes, for a batch of B images, grey or in colour (in_channels 1 or 3), cut into S patches of C channels each:
+Shapes, for a batch of B greyscale or colour images (in_channels 1 or 3), each cut into S patches of C channels:
 
     image (B, in_channels, H, W)  ->  stem (B, S, C)  ->  num_blocks × MixerBlock (B, S, C)
                         ->  LayerNorm, mean over patches (B, C)  ->  head (B, num_classes)
 
-Plain PyTorch, and what is written here is what is trained: ``kernels.acceleration`` may compute it sooner, and compares
-itself with it first.
+This is plain PyTorch and defines what is trained. ``kernels.acceleration`` may compute it faster, but first checks its
+results against this code.
 """
 
 import math
@@ -20,19 +20,19 @@ from mixer.kernels.dropout import Dropout
 
 
 def uninitialised(layer: type[nn.Module], *sizes: Any, **settings: Any) -> nn.Module:
-    """A layer without PyTorch's initial weights, which would be drawn from the global generator."""
+    """Build a layer without PyTorch's initial weights, which would be drawn from the global generator."""
     return nn.utils.skip_init(layer, *sizes, device=torch.get_default_device(), **settings)
 
 
 def initialise(layer: nn.Linear | nn.Conv2d, initialisation: str, generator: torch.Generator | None) -> None:
-    """LeCun normal, as in Flax and so in the paper's code ("flax", "identity"), or PyTorch's default ("pytorch")."""
+    """Draw LeCun normal weights as the paper's Flax code does ("flax", "identity"), or PyTorch's own ("pytorch")."""
     fan_in = layer.weight.shape[1:].numel()
     if initialisation in ("flax", "identity"):
-        # A normal cut at two standard deviations has a deviation of 0.8796; dividing by it restores 1/sqrt(fan_in).
+        # A normal truncated at two standard deviations has a deviation of 0.8796; dividing restores 1/sqrt(fan_in).
         std = fan_in**-0.5 / 0.87962566103423978
         nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
         nn.init.zeros_(layer.bias)
-    elif initialisation == "pytorch":  # what the layer's reset_parameters does, which takes no generator
+    elif initialisation == "pytorch":  # as the layer's reset_parameters, which takes no generator
         bound = 1 / math.sqrt(fan_in)
         nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
         nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
@@ -47,7 +47,7 @@ def _linear(fan_in: int, fan_out: int, initialisation: str, generator: torch.Gen
 
 
 def count_patches(image: tuple[int, int], patch: tuple[int, int]) -> int:
-    """The number of patches of an image; both sizes are (height, width). ValueError when they do not tile it."""
+    """Count the patches in an image; both sizes are (height, width). Raises ValueError if patches do not tile it."""
     (height, width), (ph, pw) = image, patch
     if height % ph or width % pw or not height * width:
         raise ValueError(f"patches of {ph}×{pw} do not tile an image of {height}×{width}")
@@ -57,28 +57,28 @@ def count_patches(image: tuple[int, int], patch: tuple[int, int]) -> int:
 class Stem(nn.Conv2d):
     """Cuts images (B, in_channels, H, W) into patches and maps each to C channels: (B, S, C).
 
-    The paper's convolution whose stride is its size, computed as the matrix product that it is: cuDNN's convolutions
-    need not give the same gradient twice.
+    The paper's convolution has a stride equal to its kernel size, so it is a matrix product and is computed as one.
+    cuDNN's convolutions do not always give the same gradient twice.
     """
 
     def forward(self, images: Tensor) -> Tensor:
         return F.linear(self._patches(images), self.weight.flatten(1), self.bias)
 
     def _patches(self, images: Tensor) -> Tensor:
-        """(B, S, in_channels × pixels of a patch)"""
+        """Images -> (B, S, in_channels × pixels per patch)."""
         (height, width), (down, right) = self.kernel_size, self.stride
         patches = images.unfold(2, height, down).unfold(3, width, right).movedim(1, 3)
         return patches.flatten(3).flatten(1, 2)  # from (B, rows, columns, in_channels, height, width)
 
     @torch.no_grad()
     def whiten(self, images: Tensor) -> None:
-        """Initialise so that the channels of these images' patches are uncorrelated, of mean 0 and variance 1 (PCA).
+        """Initialise by PCA: on these images' patches the channels are uncorrelated, with mean 0 and variance 1.
 
-        Directions of little variance are scaled up less, since they are mostly noise. Raises ValueError where a patch
-        has fewer values than there are channels.
+        Directions with little variance are mostly noise and are scaled up less. Raises ValueError if a patch has fewer
+        values than there are channels.
         """
         patches = self._patches(images).flatten(0, 1).cpu().double()
-        variances, directions = torch.linalg.eigh(patches.T.cov())  # in rising order
+        variances, directions = torch.linalg.eigh(patches.T.cov())  # in ascending order
         channels, values = len(self.weight), len(variances)
         if channels > values:
             raise ValueError(f"a patch of {values} values cannot be whitened into {channels} channels")
@@ -88,19 +88,19 @@ class Stem(nn.Conv2d):
 
 
 class MixerBlock(nn.Module):
-    """One block, equation (1) of the paper: two MLPs, each behind a LayerNorm and inside a skip connection.
+    """One block, equation (1) of the paper: two MLPs, each after a LayerNorm and inside a skip connection.
 
         U = X + W2 σ(W1 LayerNorm(X))        token mixing: along the patches, the same for every channel
         Y = U + W4 σ(W3 LayerNorm(U))        channel mixing: along the channels, the same for every patch
 
-    σ is GELU, "exact" or the approximation by "tanh" that the paper's code gets from Flax: at most 5e-4 away.
-    Dropout, which that code does not have, follows σ and each MLP's output, as in timm's ``Mlp``.
+    σ is GELU: "exact", or the "tanh" approximation that is Flax's default in the paper's code (at most 5e-4 away).
+    Dropout follows σ and each MLP's output, as in timm's ``Mlp``; the paper's code has none.
     ``skip_connections=False`` leaves out ``X +`` and ``U +``. ``forward``: (B, S, C) -> (B, S, C).
-    ``initialisation`` of the linear layers is "flax", as in the paper's code, or "pytorch", or "identity": Flax's, but
-    with W2 and W4 zero, so that a block begins as the identity.
-    ``generator`` draws the weights and dropout's seeds; PyTorch's default one when it is None.
+    ``initialisation`` of the linear layers: "flax", as in the paper's code; "pytorch"; or "identity", which is "flax"
+    with W2 and W4 set to zero, so that a block starts as the identity.
+    ``generator`` draws the weights and the dropout seeds; if it is None, PyTorch's default generator does.
 
-    Raises ValueError for an impossible dropout and for other words.
+    Raises ValueError for a dropout probability outside [0, 1) and for an unknown ``gelu`` or ``initialisation``.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class MixerBlock(nn.Module):
             nn.init.zeros_(self.channels_out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        approximate = "tanh" if self.gelu == "tanh" else "none"  # PyTorch's words
+        approximate = "tanh" if self.gelu == "tanh" else "none"  # PyTorch's names
         y = self.patches_norm(x).transpose(1, 2)  # (B, C, S)
         y = self.dropout(F.gelu(self.patches_in(y), approximate=approximate))
         y = self.dropout(self.patches_out(y).transpose(1, 2))  # (B, S, C)
@@ -147,14 +147,14 @@ class MixerBlock(nn.Module):
 class MlpMixer(nn.Module):
     """The coursework's model: 947,682 parameters with the default sizes.
 
-    ``forward`` takes normalised images (B, in_channels, H, W) and gives logits (B, num_classes), float32 under
-    autocast too. ``num_patches`` is that of 28 × 28 images when not given. ``generator``, a generator of the CPU,
-    draws the initial weights and, in training mode, dropout's seeds; when it is None, PyTorch's default one does, as it
-    has to under ``torch.utils.checkpoint``, which knows no other. The rest is as in ``MixerBlock``; the head is zero at
-    first, unless ``initialisation`` is "pytorch".
+    ``forward`` maps normalised images (B, in_channels, H, W) to logits (B, num_classes), in float32 even under
+    autocast. ``num_patches`` defaults to that of 28 × 28 images. ``generator``, on the CPU, draws the initial weights
+    and, in training mode, the dropout seeds. If it is None, PyTorch's default generator does;
+    ``torch.utils.checkpoint`` requires this, since it restores no other. The other arguments are those of
+    ``MixerBlock``. The head starts at zero unless ``initialisation`` is "pytorch".
 
-    Raises ValueError for an impossible dropout, for other words, and when the patches do not tile an image or are not
-    ``num_patches``.
+    Raises ValueError as ``MixerBlock`` does. ``forward`` does if the patches do not tile the images, or if their number
+    is not ``num_patches``.
     """
 
     def __init__(
@@ -207,20 +207,20 @@ class MlpMixer(nn.Module):
         return self.classify(x)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) -> what the blocks take (B, S, C)."""
+        """Images (B, in_channels, H, W) -> the input of the blocks (B, S, C)."""
         if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(f"images are (batch, {self.in_channels}, height, width), not {tuple(images.shape)}")
+            raise ValueError(f"images must be (batch, {self.in_channels}, height, width), not {tuple(images.shape)}")
         (height, width), (ph, pw) = images.shape[2:], self.patch_size
         tiles = count_patches((height, width), self.patch_size)
         if tiles != self.num_patches:
             raise ValueError(
                 f"an image of {height}×{width} has {tiles} patches of {ph}×{pw}, but num_patches is {self.num_patches}"
             )
-        return self.stem(images).to(images.dtype)  # under autocast only products are bfloat16, not what is added up
+        return self.stem(images).to(images.dtype)  # under autocast only the products are bfloat16, not the sums
 
     def classify(self, x: Tensor) -> Tensor:
-        """What the blocks give (B, S, C) -> logits (B, num_classes)."""
+        """The output of the blocks (B, S, C) -> logits (B, num_classes)."""
         x = self.norm(x).mean(dim=1)
-        device = "cpu" if x.is_meta else x.device.type  # "meta", which only counts, has no autocast
-        with torch.autocast(device, enabled=False):  # in bfloat16 the best two logits are often equal
+        device = "cpu" if x.is_meta else x.device.type  # the "meta" device has no autocast
+        with torch.autocast(device, enabled=False):  # in bfloat16 the two largest logits are often equal
             return self.head(x.to(self.head.weight.dtype))

@@ -1,10 +1,10 @@
-"""Training: ``train()`` takes a config to its record; below it, what happens in an epoch.
+"""Training: ``train()`` turns a config into a record; ``Run`` below it trains an epoch.
 
 The coursework states neither optimiser, loss, schedule nor initialisation. We chose Adam with PyTorch's defaults,
 cross-entropy, a constant learning rate and the initialisation of the paper's code (see ``model.py``).
 
-A run is decided by its config and data alone. It has a generator of its own, which starts every epoch from seed and
-epoch, so an interrupted run needs no stored random state, and runs in threads of one process leave each other alone.
+Config and data alone determine a run. Its own generator is seeded anew for every epoch, from the seed and the epoch's
+number. So an interrupted run needs no stored random state, and runs in threads of one process do not affect each other.
 """
 
 import contextlib
@@ -61,24 +61,25 @@ def train(
     turn: Turn = (1, 1, 1),
     return_model: bool = False,
 ) -> Record | tuple[Record, nn.Module]:
-    """Train one run and return its record; with ``return_model``, the record and the model as it ended.
+    """Train one run and return its record; with ``return_model``, the record and the final model.
 
-    model: any module from normalised images (B, 1, H, W), or (B, 3, H, W) of data in colour, to logits (B,
-    num_classes), trained in place; the config's own when not given. optimiser: a function of the model's parameters, in
-    place of the config's optimiser, lr and weight_decay. The record names both; give its file a name of your own.
-    data: Fashion-MNIST when not given; of any, what ``config`` says (``limit``, ``validation``).
-    device: CUDA when not given, else Apple's MPS, else the CPU.
-    precision: "bfloat16" (autocast) or "float32"; when not given, bfloat16 where the hardware computes in it.
-    checkpoint: a file that is written after every epoch, and from which an interrupted run resumes.
-    weights: a safetensors file for the weights of the epoch with the best test accuracy; those of the last epoch are
-    put beside it, as ``last_weights`` says, where no loss diverged.
-    on_epoch: called after every epoch with its row of the history, and the model, in evaluation mode.
-    progress, position, turn: a progress bar, its line where several runs share a terminal, and the run's place in a
-    grid, as the bar shows it.
+    model: a custom module, trained in place; by default the config's model. It maps normalised images (B, 1, H, W), or
+    (B, 3, H, W) in colour, to logits (B, num_classes).
+    optimiser: a function of the model's parameters, in place of the config's optimiser, lr and weight_decay. The record
+    names a custom model and optimiser; choose a file name for it yourself.
+    data: Fashion-MNIST by default. ``limit`` and ``validation`` of the config apply to any data.
+    device: by default CUDA, else Apple's MPS, else the CPU.
+    precision: "bfloat16" (autocast) or "float32"; by default bfloat16 where the hardware supports it.
+    checkpoint: a file written after every epoch, from which an interrupted run resumes.
+    weights: a safetensors file for the weights of the epoch with the best test accuracy. Those of the last epoch go
+    beside it (see ``last_weights``), unless the run diverged.
+    on_epoch: called after every epoch with its row of the history and the model in evaluation mode.
+    progress, position, turn: whether to show a progress bar, its line if runs share a terminal, and the run's place in
+    the grid.
 
-    A loss that is not finite ends the run: ``diverged`` in the record then says at which step of which epoch, and
-    the history holds the epochs before. Ctrl-C raises Interrupted, which has the history. Before anything is trained,
-    DataError, TypeError, ValueError or OSError say what is wrong with the arguments.
+    A loss that is not finite ends the run: the record's ``diverged`` gives the epoch and the step, and the history
+    holds the epochs before. Ctrl-C raises Interrupted, which carries the history. Invalid arguments raise DataError,
+    TypeError, ValueError or OSError before training starts.
     """
     check_configs([config])
     threads_after_fork()
@@ -115,30 +116,30 @@ def train(
         try:
             save_weights(run, weights)
         except OSError as error:
-            if checkpoint is not None:  # the same call resumes from it and comes here at once
+            if checkpoint is not None:  # the same call resumes from it and gets straight back here
                 raise
-            log.warning("%s The record is returned all the same.", error)
+            log.warning("%s The record is returned nevertheless.", error)
     return (run.record(), run.tested.eval()) if return_model else run.record()
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a notebook's stop button. ``history``: the finished epochs of the run that was trained here."""
+    """Ctrl-C, or a notebook's stop button. ``history``: the finished epochs of the interrupted run."""
 
     def __init__(self, message: str, history: list[dict[str, float]] | None = None):
         super().__init__(message)
-        self.history = history or []  # pickling hands over the message first, and the history after it
+        self.history = history or []  # pickling passes only the message, and restores the history afterwards
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows: no traceback, since nothing went wrong."""
+        """Show only the message in IPython: nothing went wrong, so no traceback."""
         return [str(self)]
 
 
 class Run:
-    """A run between two epochs: model, optimisers, history, and everything else that a checkpoint keeps.
+    """The state of a run between two epochs: model, optimisers, history and everything else a checkpoint holds.
 
-    device, precision: as ``find_device`` and ``find_precision`` give them. data: what ``part_of`` gives, on the device.
-    model, optimiser: of one's own, as for :func:`train`. loss: in place of the config's. eager: without the fast path.
-    ``tested`` is the model that is tested and kept: the moving average, if there is one.
+    device, precision: from ``find_device`` and ``find_precision``. data: from ``part_of``, on the device.
+    model, optimiser: custom ones, as in :func:`train`. loss: replaces the config's. eager: do without the fast path.
+    ``tested`` is the model that is tested and saved: the moving average, if there is one.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.diverged: dict[str, int] | None = None
         self.best_weights: dict[str, Tensor] | None = None
-        self.earlier: list[dict[str, Any]] = []  # other environments of the run, and after how many epochs they ended
+        self.earlier: list[dict[str, Any]] = []  # earlier environments, with the epochs finished by their end
         self.fingerprint: Fingerprint = {}
         self.generator = torch.Generator()
         self._seed(0)
@@ -176,11 +177,11 @@ class Run:
         if loss is None:
             loss = Distillation(config, data, device, precision) if config.teacher else LabelLoss(config)
         for each in self.optimisers if device.type == "cpu" else ():
-            each._accelerator_graph_capture_health_check = lambda: None  # it would ask a GPU that may be out of order
+            each._accelerator_graph_capture_health_check = lambda: None  # it would query a GPU that may be broken
         self.loss = loss
         self.average, self.tested = None, self.model
         if config.ema_decay:
-            # With its buffers: BatchNorm's statistics have to be those of the weights that are tested.
+            # Buffers too: BatchNorm's statistics have to match the averaged weights.
             average = get_ema_multi_avg_fn(config.ema_decay)
             self.average = AveragedModel(self.model, multi_avg_fn=average, use_buffers=True)
             self.tested = self.average.module
@@ -191,7 +192,7 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """The number of finished epochs."""
+        """Number of finished epochs."""
         return len(self.history)
 
     @property
@@ -209,18 +210,18 @@ class Run:
     ) -> None:
         """Train once on every image, test, and add a row to the history; or set ``diverged``.
 
-        A row has epoch, train_loss, train_accuracy (running: of the batches as they are trained on), test_loss and
-        test_accuracy; accuracies are fractions. ``on_step`` is given each step's loss, on the device, and number
-        of images; ``on_test`` the number of test images, a batch at a time.
+        A row has epoch, train_loss, train_accuracy, test_loss, test_accuracy and seconds. Accuracies are fractions;
+        the training ones are running averages over the epoch's batches. ``on_step`` receives each step's loss, on the
+        device, and number of images; ``on_test`` the number of images in each test batch.
         """
         start = time.perf_counter()
         if self._choose():
             self.earlier.append({"epochs": self.epoch} | self.environment)
             self.environment = self._environment()
         with contextlib.ExitStack() as contexts:
-            if self.choice.path == "fused":  # the eager model takes all of PyTorch's threads
+            if self.choice.path == "fused":  # the eager model uses all of PyTorch's threads
                 contexts.enter_context(fused.threads_for_the_operator())
-            if "model" in self.brought:  # whose dropout may draw from PyTorch's own generators
+            if "model" in self.brought:  # its dropout may draw from PyTorch's own generators
                 contexts.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
                 torch.manual_seed(self._seed(self.epoch + 1))
             losses, sizes, correct = self._train_on_every_image(on_step)
@@ -245,7 +246,7 @@ class Run:
         )
 
     def _train_on_every_image(self, on_step: Callable[[Tensor, int], object]) -> tuple[Tensor, Tensor, int]:
-        """The steps' losses and numbers of images, and how many images were classified correctly."""
+        """Return each step's loss and number of images, and the number of images classified correctly."""
         self._seed(self.epoch + 1)
         order = torch.randperm(len(self.data.train_labels), generator=self.generator).to(self.device)
         batches = order.split(self.config.batch_size)
@@ -270,7 +271,7 @@ class Run:
         return losses.cpu(), torch.tensor([len(index) for index in batches]), int(correct)
 
     def evaluate(self, on_test: Callable[[int], object] = lambda images: None) -> tuple[float, float]:
-        """Mean loss and accuracy on the test images."""
+        """Return mean loss and accuracy on the test images."""
         data, loss, correct = self.data, torch.zeros((), dtype=torch.float64), 0
         batches = predict(self.tested, data.test_images, self.precision, data.pixel_mean, data.pixel_std)
         for logits, labels in zip(batches, data.test_labels.split(EVAL_BATCH), strict=True):
@@ -287,13 +288,13 @@ class Run:
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
     def _seed(self, epoch: int) -> int:
-        """What an epoch draws (its order, its dropout) follows from seed and epoch; before the first: the weights."""
+        """Seed the generator for an epoch's random numbers (order, dropout); epoch 0 draws the initial weights."""
         seed = self.config.seed * 1_000_003 + epoch
         self.generator.manual_seed(seed)
         return seed
 
     def _choose(self) -> bool:
-        """Ask again for the fast path, which a hook or another change of the model may have closed; True if it has."""
+        """Choose the path again, since the model may have changed (a hook, say); return whether the path changed."""
         if self.eager:
             return False
         images = self.data.train_images[: self.config.batch_size]
@@ -307,13 +308,13 @@ class Run:
 
     @property
     def how(self) -> str:
-        """How the run computes, in a few words."""
+        """Path, precision, threads and device in one sentence, for the progress bar."""
         words = {"fused": "the fused operator", "graphs": "CUDA graphs", "eager": "eager PyTorch"}[self.choice.path]
         threads = f" on {self.environment['threads']} threads" if self.device.type == "cpu" else ""
-        return f"Trains by {words} in {self.precision}{threads} ({self.environment['device']})."
+        return f"Trains with {words} in {self.precision}{threads} ({self.environment['device']})."
 
     def record(self) -> Record:
-        """The record of the run, of as many epochs as there are."""
+        """Return the record of the epochs finished so far."""
         return {
             "format": RECORD_FORMAT,
             "config": dataclasses.asdict(self.config),
@@ -344,7 +345,7 @@ def fingerprint_of(
     model: nn.Module | None = None,
     optimiser: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a run by the code as it is now. Of a teacher only the loss is in it."""
+    """Compute a run's fingerprint with the present code. With a teacher, it covers only the loss."""
     config, noise = trial(config, kind)
     noise = part_of(noise, config)
     targets = torch.linspace(-2, 2, len(noise.train_labels) * kind.classes).view(-1, kind.classes)
@@ -354,12 +355,12 @@ def fingerprint_of(
 
     loss = soft_targets if config.teacher else None
     cpu, model = torch.device("cpu"), copy.deepcopy(model).cpu() if model is not None else None
-    with fused.threads_for_the_operator():  # one thread, since several get in each other's way with so little to do
+    with fused.threads_for_the_operator():  # one thread: more are slower on so little work
         return try_out(Run(config, cpu, "float32", noise, model, optimiser, loss, eager=True))
 
 
 class LabelLoss:
-    """Cross-entropy with the labels, smoothed and mixed as the config says."""
+    """Cross-entropy with the labels, with the config's label smoothing and the batch's mixup."""
 
     def __init__(self, config: Config):
         self.label_smoothing = config.label_smoothing
@@ -373,7 +374,7 @@ class LabelLoss:
 
 
 def part_of(data: Data, config: Config) -> Data:
-    """What of the data a run is trained and tested on. Raises ValueError when there are fewer images than ``limit``."""
+    """Select the part of the data that a run uses. Raises ValueError if there are fewer images than ``limit``."""
     data = validation_split(data) if config.validation else data
     data = replace(data, pixel_mean=0.0, pixel_std=1.0) if config.inputs == "scaled" else data
     if config.limit is not None:

@@ -218,7 +218,7 @@ def test_diverged_run_leaves_no_weights_of_its_last_step_and_none_of_another_tra
 def test_weights_that_cannot_be_written_after_all_cost_neither_record_nor_training(few, tmp_path, caplog, trained):
     weights, checkpoint = tmp_path / "best.safetensors", tmp_path / "run.pt"
     record = run(few, weights=weights, on_epoch=lambda *_: weights.mkdir(exist_ok=True))
-    assert "safetensors cannot be written" in caplog.text and "The record is returned all the same" in caplog.text
+    assert "safetensors cannot be written" in caplog.text and "The record is returned nevertheless" in caplog.text
     weights.rmdir()
     with pytest.raises(OSError, match="safetensors cannot be written"):
         run(few, weights=weights, checkpoint=checkpoint, on_epoch=lambda *_: weights.mkdir(exist_ok=True))

@@ -133,7 +133,7 @@ def test_rejects_sizes_that_disagree_and_names_both(sizes, image, numbers):
 
 @pytest.mark.parametrize(("channels", "image"), [(1, (2, 3, 28, 28)), (3, (2, 1, 28, 28)), (3, (3, 28, 28))])
 def test_rejects_images_of_other_channels(channels, image):
-    with pytest.raises(ValueError, match=rf"^images are \(batch, {channels}, height, width\), not \({image[0]}, "):
+    with pytest.raises(ValueError, match=rf"^images must be \(batch, {channels}, height, width\), not \({image[0]}, "):
         MlpMixer(in_channels=channels)(torch.zeros(image))
 
 
