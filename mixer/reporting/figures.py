@@ -179,7 +179,7 @@ def architecture(model: MlpMixer, image: np.ndarray) -> Figure:
             axis.text((start + end) / 2, 1.38, "skip connection", color=MUTED, ha="center", fontsize=7)
             axis.text((start + end) / 2, 1.6, title, ha="center")
         axis.annotate("", (6.19, 0.72), (end, 0.72), arrowprops=_ARROW)
-        axis.text((end + 6.19) / 2, 0.78, "$Y$", ha="center", fontsize=6.5)
+        axis.text((end + 6.19) / 2, 0.78, "$Y$", ha="center", fontsize=7)
     return figure
 
 
@@ -191,7 +191,7 @@ def _draw_row(axis: Axes, x: float, y: float, height: float, steps: list[tuple])
     """Draw boxes from ``x`` on; gives their end. steps: arrow's length, text on it, box's width, label, [colour]."""
     for length, passing, width, label, *colour in steps:
         axis.annotate("", (x + length, y), (x, y), arrowprops=_ARROW, zorder=0.9)
-        axis.text(x + length / 2, y + 0.06, passing, ha="center", fontsize=6.5)
+        axis.text(x + length / 2, y + 0.06, passing, ha="center", fontsize=7)
         size, shape = (width, "circle,pad=0") if label == "+" else (height, _BOX["boxstyle"])
         style = _BOX | {"boxstyle": shape, "facecolor": (*colour, "white")[0]}
         axis.add_patch(FancyBboxPatch((x + length, y - size / 2), width, size, **style))
