@@ -153,8 +153,8 @@ class MlpMixer(nn.Module):
     ``torch.utils.checkpoint`` requires this, since it restores no other. The other arguments are those of
     ``MixerBlock``. The head starts at zero unless ``initialisation`` is "pytorch".
 
-    Raises ValueError as ``MixerBlock`` does. ``forward`` does if the patches do not tile the images, or if their number
-    is not ``num_patches``.
+    Raises ValueError as ``MixerBlock`` does, for patches that do not tile an image, and for an image whose number of
+    patches is not ``num_patches``.
     """
 
     def __init__(
