@@ -1,4 +1,4 @@
-"""MLP-Mixer on Fashion-MNIST: a model, its training, a parameter grid.
+"""MLP-Mixer on Fashion-MNIST: the model, its training and a parameter grid.
 
 from mixer import Config, MlpMixer, train
 """

@@ -22,7 +22,7 @@ from mixer.runner import GridError, run_grid
 from mixer.system.affinity import cores
 from mixer.system.device import find_device, find_precision
 
-# How what every grid varies is called here and by ``grid``, and the values when not given.
+# What every grid varies: the option, the argument of ``grid``, and the default values.
 VARIED = {
     "lr": ("--lr", "lrs", LRS),
     "dropout_p": ("--dropout", "dropouts", DROPOUTS),
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     try:
         missing = sum(not os.path.lexists(record_path(config, results)) for config in configs)
-        if missing:  # what is wrong with device, precision or data set is said once, not by every run
+        if missing:  # an error of device, precision or data set is reported once, not by every run
             find_precision(find_device(how["device"]), how["precision"])
             _ = fashion_mnist.prepare() if how["data"] is None else fashion_mnist.load_folder(how["data"])
         at_a_time = jobs or (cores() if find_device(how["device"]).type == "cpu" else 1)
@@ -70,10 +70,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixer",
         usage="%(prog)s [option value ...]",
-        description="Train a grid of parameter sets, one record a run. Finished runs in the results folder are "
-        "skipped, interrupted runs resume. Without arguments: the coursework's eight runs. An option with several "
-        "values trains every combination. In brackets: the value when not given.",
-        allow_abbrev=False,  # --channels would be --channels-mlp-dim
+        description="Train a grid of parameter sets, with one record per run. Finished runs in the results folder are "
+        "skipped, interrupted runs resume. Without arguments: the coursework's eight runs. Options with several "
+        "values train every combination. Defaults are in brackets.",
+        allow_abbrev=False,  # --channels would mean --channels-mlp-dim
         formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34),
     )
     add = {g: parser.add_argument_group(f"the {g}").add_argument for g in ("grid", "model", "training", "data")}
@@ -82,19 +82,19 @@ def _parser() -> argparse.ArgumentParser:
         option, destination, values = VARIED.get(field.name, (f"--{field.name.replace('_', '-')}", field.name, [shown]))
         meaning = f"{MEANINGS[field.name]} ({' '.join(map(str, values))})"
         add[field.metadata["group"]](option, dest=destination, type=kind, nargs="+", metavar="X", help=meaning)
-    add["grid"]("--recipe", choices=list(RECIPES), help="a named config, for what is not given here")
-    add["data"]("--data", type=Path, metavar="DIR", help="a folder of four IDX files of grey images (Fashion-MNIST)")
+    add["grid"]("--recipe", choices=list(RECIPES), help="a named config for all options not given here")
+    add["data"]("--data", type=Path, metavar="DIR", help="a folder with four IDX files of grey images (Fashion-MNIST)")
     how = parser.add_argument_group("where and how").add_argument
     how("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
-    how("--device", help="cuda, mps or cpu (the first that there is)")
-    how("--precision", choices=["bfloat16", "float32"], help="of the training (bfloat16 where the hardware has it)")
-    # mixer.studies.bench measures that one run a core is faster than one run on all.
-    how("--jobs", type=int, metavar="N", help="runs at a time, which share a CPU's cores (one a core; on a GPU one)")
+    how("--device", help="cuda, mps or cpu (the first available)")
+    how("--precision", choices=["bfloat16", "float32"], help="of training (bfloat16 where the hardware has it)")
+    # mixer.studies.bench shows that one run per core is faster than one run on all cores.
+    how("--jobs", type=int, metavar="N", help="runs at a time, sharing the CPU's cores (one per core; one on a GPU)")
     return parser
 
 
 def _reader(field: dataclasses.Field) -> tuple[Callable[[str], Any], str]:
-    """What reads a field's value from the command line, and how its default is shown."""
+    """Return the parser of a field's value and its default as ``--help`` shows it."""
     default = field.default
     if isinstance(default, bool):
         return _yes_or_no, "yes" if default else "no"
@@ -107,14 +107,14 @@ def _reader(field: dataclasses.Field) -> tuple[Callable[[str], Any], str]:
 
 def _pair(text: str) -> tuple[int, int]:
     if not re.fullmatch(r"\d+(x\d+)?", text):
-        raise argparse.ArgumentTypeError(f"one size or two, like 4 or 4x4, not {text!r}")
+        raise argparse.ArgumentTypeError(f"give one size or two, like 4 or 4x4, not {text!r}")
     height, _, width = text.partition("x")
     return int(height), int(width or height)
 
 
 def _yes_or_no(text: str) -> bool:
     if text not in ("yes", "no"):
-        raise argparse.ArgumentTypeError(f"yes or no, not {text!r}")
+        raise argparse.ArgumentTypeError(f"give yes or no, not {text!r}")
     return text == "yes"
 
 

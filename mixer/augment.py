@@ -12,11 +12,11 @@ from mixer.data import Data, normalise
 
 @dataclass(frozen=True)
 class Batch:
-    """B training images as a step sees them.
+    """A batch of B augmented training images.
 
-    ``index``: their numbers (B,). ``views``: which view of each it is (B,), as :func:`draw_views` numbers them.
-    ``inputs``: normalised (B, in_channels, H, W). In mixup they have a ``share`` of the image, and the rest of the
-    image at the same place of the batch in reverse.
+    ``index``: their indices (B,). ``views``: the number of each image's view (B,), as in :func:`draw_views`.
+    ``inputs``: normalised (B, in_channels, H, W). With mixup, each is ``share`` of its image plus 1 - ``share`` of the
+    image at the same position in the reversed batch.
     """
 
     index: Tensor
@@ -27,7 +27,7 @@ class Batch:
 
 
 def augmented(index: Tensor, data: Data, config: Config, generator: torch.Generator) -> Batch:
-    """The training images of these numbers (B,), augmented as the config says."""
+    """Augment the training images with these indices (B,), as the config says."""
     images, views = data.train_images[index], torch.zeros_like(index)
     if config.flip or config.shift:
         views = draw_views(len(index), generator, config.flip, config.shift)
@@ -37,7 +37,7 @@ def augmented(index: Tensor, data: Data, config: Config, generator: torch.Genera
     inputs, share = normalise(images, data.pixel_mean, data.pixel_std), 1.0
     if config.mixup_prob and _uniform(generator) < config.mixup_prob:
         share -= _uniform(generator) / 2
-        inputs = inputs.flip(0).lerp(inputs, share)  # the order of a batch is random, and so are its pairs
+        inputs = inputs.flip(0).lerp(inputs, share)  # a batch is in random order, so the pairs are random too
     return Batch(index, views, inputs, data.train_labels[index], share)
 
 
@@ -46,7 +46,7 @@ def _uniform(generator: torch.Generator) -> float:
 
 
 def draw_views(count: int, generator: torch.Generator, flip: bool, shift: int) -> Tensor:
-    """Draw the number of a view for each of ``count`` images: mirrored or not, moved down and right by 0 to 2·shift."""
+    """Draw a view's number for each of ``count`` images: mirrored or not, moved down and right by 0 to 2·shift."""
     side = 2 * shift + 1
     down, right = torch.randint(side, (2, count), generator=generator) if shift else torch.zeros(2, count).long()
     mirrored = (torch.rand(count, generator=generator) < 0.5).long() if flip else torch.zeros(count).long()
@@ -54,7 +54,7 @@ def draw_views(count: int, generator: torch.Generator, flip: bool, shift: int) -
 
 
 def view(images: Tensor, views: Tensor, shift: int) -> Tensor:
-    """Views of images (B, H, W) or (B, 3, H, W): mirrored left to right, then moved by up to ``shift`` pixels.
+    """Render views of images (B, H, W) or (B, 3, H, W): mirrored left to right, then moved by up to ``shift`` pixels.
 
     Pixels that move in are 0, like Fashion-MNIST's background.
     """
@@ -64,7 +64,7 @@ def view(images: Tensor, views: Tensor, shift: int) -> Tensor:
     rows, columns = torch.arange(height) + down, torch.arange(width) + right
     columns = torch.where(mirrored > 0, columns.flip(1), columns)
     index = torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
-    padded = F.pad(images, (shift,) * 4).movedim(0, -3)  # colours first
+    padded = F.pad(images, (shift,) * 4).movedim(0, -3)  # channels first
     return padded[..., *(part.to(images.device) for part in index)].movedim(-3, 0)
 
 
@@ -74,4 +74,4 @@ def cut_out(images: Tensor, generator: torch.Generator, side: int) -> Tensor:
     top, left = (torch.randint(size, (count, 1), generator=generator) - side // 2 for size in (height, width))
     down, right = torch.arange(height) - top, torch.arange(width) - left
     cut = ((down >= 0) & (down < side))[:, :, None] & ((right >= 0) & (right < side))[:, None, :]
-    return images.movedim(0, -3).masked_fill(cut.to(images.device), 0).movedim(-3, 0)  # of all colours
+    return images.movedim(0, -3).masked_fill(cut.to(images.device), 0).movedim(-3, 0)  # in all channels

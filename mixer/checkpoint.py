@@ -1,6 +1,6 @@
-"""What a run leaves on the disk beside its record: a checkpoint after every epoch, and weights at the end.
+"""Checkpoints, written after every epoch, and the weights that a run leaves at its end.
 
-``run`` is a ``training.Run`` throughout.
+``run`` is always a ``training.Run``.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ log = getLogger("mixer")
 
 
 def save(run: Any, path: Path) -> None:
-    """Write a checkpoint whole or not at all. Raises OSError."""
+    """Write a checkpoint, complete or not at all. Raises OSError."""
     state = {
         "key": key(run),
         "model": run.model.state_dict(),
@@ -35,20 +35,20 @@ def save(run: Any, path: Path) -> None:
     }
     content = io.BytesIO()
     torch.save(state, content)
-    write_whole(path, seal(content.getbuffer()))  # PyTorch does not check the bytes that it reads
+    write_whole(path, seal(content.getbuffer()))  # PyTorch does not verify the bytes it reads
 
 
 def resume(run: Any, path: Path) -> None:
-    """Put a run where its checkpoint was written; where it cannot be used, a log line says why."""
+    """Restore a run from its checkpoint; if that cannot be used, a log line says why."""
     try:
         state = torch.load(io.BytesIO(unseal(path.read_bytes())), map_location=run.device, weights_only=True)
         if state["key"] != key(run):
-            raise ValueError("other code, data, settings, device or precision made it")
+            raise ValueError("it was made with different code, data, settings, device or precision")
     except FileNotFoundError:
         return
-    except Exception as error:  # there is no telling what a damaged or foreign file makes torch.load raise
+    except Exception as error:  # a damaged or foreign file can make torch.load raise anything
         reason = str(error).partition("\n")[0].rstrip(".")
-        log.warning("The checkpoint %s cannot be used, since %s: the run starts afresh.", path, reason)
+        log.warning("The checkpoint %s cannot be used, since %s: the run starts again.", path, reason)
         return
     run.model.load_state_dict(state["model"])
     if run.average is not None:
@@ -63,7 +63,7 @@ def resume(run: Any, path: Path) -> None:
 
 
 def key(run: Any) -> str:
-    """What has to be equal for a checkpoint to go on as if never interrupted: all that decides a single bit."""
+    """Collect everything that affects a run's bits; if it is unchanged, resuming gives the uninterrupted run."""
     path, device = run.choice.path, run.device.type
     decisive = ["torch", "precision", "path", "data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
     decisive += ["device"] if path != "fused" else []
@@ -75,14 +75,14 @@ def key(run: Any) -> str:
 
 
 def last_weights(path: Path) -> Path:
-    """The file of the last epoch's weights, beside that of the best epoch's."""
+    """Path of the last epoch's weights, beside ``path`` of the best epoch's."""
     return path.with_suffix(f".last{path.suffix}")
 
 
 def save_weights(run: Any, path: Path) -> None:
-    """Write the weights of the best epoch, and of the last, as safetensors files. Raises OSError.
+    """Write the weights of the best and of the last epoch as safetensors files. Raises OSError.
 
-    A run that diverged has no last ones, and without a whole epoch no best ones: then another training's go.
+    A run that diverged has no last weights, and without a finished epoch no best ones; files of an earlier run go.
     """
     best = (run.best_weights, best_epoch({"history": run.history})) if run.history else None
     last = (run.tested.state_dict(), run.history[-1]) if run.history and run.diverged is None else None
@@ -94,7 +94,7 @@ def save_weights(run: Any, path: Path) -> None:
 
 
 def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) -> bytes:
-    """The weights, and what they come from."""
+    """Serialise the weights with their origin."""
     origin = {
         "name": run.config.name,
         "epoch": epoch["epoch"],
@@ -107,7 +107,7 @@ def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) 
         "pixel_mean": run.data.pixel_mean,
         "pixel_std": run.data.pixel_std,
     }
-    # Copies, since safetensors takes no two tensors that share their memory, as tied layers do.
+    # Copies, since safetensors rejects tensors that share memory, as tied layers do.
     weights = {name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}
-    # One entry, because several would be written in an order that changes from call to call.
+    # One entry, since the order of several would change from call to call.
     return safetensors.torch.save(weights, {"mixer": json.dumps(origin)})

@@ -1,4 +1,4 @@
-"""A run's config: one point of a grid, with a name of its own."""
+"""The config of a run: one point of the grid, with a unique name."""
 
 import dataclasses
 import difflib
@@ -15,17 +15,17 @@ from typing import Any, Literal, get_args
 
 LRS, DROPOUTS, BATCH_SIZES = (0.01, 0.001), (0.0, 0.1), (256, 512)  # the coursework's grid
 
-# Named configs: what differs from the coursework's. `python -m mixer --recipe NAME` trains one.
+# Named configs, as differences from the coursework's. `python -m mixer --recipe NAME` trains one.
 RECIPES: dict[str, dict[str, Any]] = {
     # 88.75 % in the last epoch (three seeds), with dropout 0.1
     "coursework": {},
-    # The coursework's model trained as one would today: 92.26 % (three seeds). recipe.ipynb says how it was chosen.
+    # The coursework's model with today's training methods: 92.26 % (three seeds). recipe.ipynb says how it was chosen.
     "modern": {
         **{"lr": 0.02, "initialisation": "identity", "whiten": True},
         **{"optimiser": "muon", "weight_decay": 0.05, "schedule": "linear", "ema_decay": 0.998},
         **{"flip": True, "shift": 2, "mixup_prob": 0.5, "label_smoothing": 0.1},
     },
-    # The coursework's 89.17 % as soon as possible: `python -m mixer.studies.speedrun`
+    # The coursework's 89.17 % as fast as possible: `python -m mixer.studies.speedrun`
     "speedrun": {
         **{"lr": 0.06, "batch_size": 1024, "num_epochs": 4, "whiten": True},
         **{"optimiser": "muon", "schedule": "linear", "ema_decay": 0.9},
@@ -42,12 +42,12 @@ RECIPES["distilled"] = RECIPES["modern"] | {
     **{"teacher": "conv", "temperature": 2.0},
     **{"erase": 0, "mixup_prob": 0.0, "label_smoothing": 0.0},
 }
-# "distilled" with its settings chosen on the validation split, and longer: 92.75 % (three seeds).
+# "distilled" with settings chosen on the validation split and more epochs: 92.75 % (three seeds).
 RECIPES["patient"] = RECIPES["distilled"] | {"shift": 1, "temperature": 1.0, "num_epochs": 120}
 
 
 def _field(group: str, default: Any, meaning: str) -> Any:
-    """A field of Config, with its meaning for ``help(Config)`` and ``--help``, where it stands in a group."""
+    """A field of Config, with its meaning for ``help(Config)`` and its group in ``--help``."""
     return dataclasses.field(default=default, metadata={"group": group, "meaning": meaning})
 
 
@@ -56,40 +56,40 @@ _grid, _model, _training, _data = (functools.partial(_field, name) for name in (
 
 @dataclass(frozen=True)
 class Config:
-    """One point of the grid. Two equal configs are the same run. Raises ValueError for impossible values.
+    """One point of the grid. Equal configs describe the same run. Raises ValueError for impossible values.
 
-    Every field defaults to the coursework's setting; any number that means the value will do (0, NumPy's).
+    Every field defaults to the coursework's setting. Any numeric type is accepted (0 for 0.0, NumPy's numbers).
     """
 
     lr: float = _grid(0.01, "learning rate")
-    dropout_p: float = _grid(0.0, "probability of dropout")
-    batch_size: int = _grid(256, "images of a training step")
+    dropout_p: float = _grid(0.0, "dropout probability")
+    batch_size: int = _grid(256, "images per training step")
     num_epochs: int = _training(60, "passes over the training images")
-    seed: int = _grid(0, "decides initial weights, order of the images, dropout and augmentation")
-    limit: int | None = _data(None, "train on the first so many images only, and test on as many")
-    num_blocks: int = _model(8, "mixer blocks")
+    seed: int = _grid(0, "seed of initial weights, image order, dropout and augmentation")
+    limit: int | None = _data(None, "use only this many training images, the first ones, and as many test images")
+    num_blocks: int = _model(8, "number of mixer blocks")
     patch_size: tuple[int, int] = _model((4, 4), "height and width of a patch, in pixels")
-    num_channels: int = _model(16, "channels of a patch; other than 16 train several times slower on a CPU")
+    num_channels: int = _model(16, "channels per patch; any number but 16 trains several times slower on a CPU")
     patches_mlp_dim: int = _model(1024, "hidden units of the token-mixing MLP")
     channels_mlp_dim: int = _model(512, "hidden units of the channel-mixing MLP")
-    skip_connections: bool = _model(True, "add its input to each MLP's output")
-    gelu: Literal["exact", "tanh"] = _model("exact", "tanh: the approximation, as in the paper's code")
+    skip_connections: bool = _model(True, "add the input of each MLP to its output")
+    gelu: Literal["exact", "tanh"] = _model("exact", "tanh: the approximation that the paper's code uses")
     initialisation: Literal["flax", "pytorch", "identity"] = _model("flax", "flax: as in the paper's code")
     whiten: bool = _model(False, "initialise the stem so that its channels are uncorrelated")
-    inputs: Literal["normalised", "scaled"] = _data("normalised", "scaled: pixels divided by 255, no more")
+    inputs: Literal["normalised", "scaled"] = _data("normalised", "scaled: pixels divided by 255 only")
     optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = _training("adam", "momentum: SGD, 0.9")
     weight_decay: float = _training(0.0, "weight decay of the optimiser")
-    schedule: Literal["constant", "linear"] = _training("constant", "linear: warm-up in the first epoch, then to 0")
-    flip: bool = _training(False, "mirror half of the training images, drawn anew in every epoch")
-    shift: int = _training(0, "move each training image by up to so many pixels")
-    erase: int = _training(0, "cut a square of so many pixels a side out of each training image")
-    mixup_prob: float = _training(0.0, "probability that a batch is mixed with itself in reverse")
-    label_smoothing: float = _training(0.0, "share of the target that is spread over all classes")
-    network: Literal["mixer", "mlp", "conv"] = _model("mixer", "mlp and conv are baselines of one size each")
-    teacher: str = _training("", "name of the network that the run is distilled from, in place of the labels")
-    temperature: float = _training(1.0, "of both networks in distillation")
-    ema_decay: float = _training(0.0, "decay of the exponential moving average of the weights, which is what is tested")
-    validation: bool = _data(False, "test on a twelfth of the training images, held out, in place of the test images")
+    schedule: Literal["constant", "linear"] = _training("constant", "linear: warm-up for one epoch, then decay to 0")
+    flip: bool = _training(False, "mirror each training image with probability 0.5, anew in every epoch")
+    shift: int = _training(0, "largest shift of a training image, in pixels")
+    erase: int = _training(0, "side of the square erased from each training image, in pixels (cutout)")
+    mixup_prob: float = _training(0.0, "probability of mixup per batch, with the batch in reverse order")
+    label_smoothing: float = _training(0.0, "share of the target spread evenly over all classes")
+    network: Literal["mixer", "mlp", "conv"] = _model("mixer", "mlp and conv are baselines, each of a fixed size")
+    teacher: str = _training("", "network to distil from, by name, in place of the labels")
+    temperature: float = _training(1.0, "temperature of both networks in distillation")
+    ema_decay: float = _training(0.0, "decay of the exponential moving average of the weights, which is then tested")
+    validation: bool = _data(False, "hold out a twelfth of the training images and test on it, not on the test images")
 
     def __post_init__(self) -> None:
         self._keep("lr", _real, lambda lr: 0 < lr < math.inf, "a positive number like 0.01")
@@ -106,16 +106,16 @@ class Config:
                 self._keep(field.name, str, words.__contains__, f"one of {', '.join(words)}")
         self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
         self._keep("temperature", _real, lambda t: 0 < t < math.inf, "a positive number")
-        self._keep("teacher", str, lambda name: re.fullmatch("[a-z0-9-]*", name), "a name of small letters and digits")
+        self._keep("teacher", str, lambda name: re.fullmatch("[a-z0-9-]*", name), "lower-case letters, digits, hyphens")
         for name in ("shift", "erase"):
             self._keep(name, _whole, lambda pixels: pixels >= 0, "0 or a whole number of pixels")
         self._keep("mixup_prob", _real, lambda p: 0 <= p <= 1, "a number from 0.0 to 1.0")
         for name in ("dropout_p", "label_smoothing", "ema_decay"):
             self._keep(name, _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
         if self.temperature != 1 and not self.teacher:
-            raise ValueError("temperature applies with a teacher only; name one, or remove it")
+            raise ValueError("temperature applies only with a teacher; name one, or remove it")
         if self.teacher and (self.erase or self.label_smoothing):
-            raise ValueError("teacher goes with flip, shift and mixup_prob, not with erase or label_smoothing")
+            raise ValueError("teacher cannot be combined with erase or label_smoothing; set them to 0")
         for name in _MIXER_ONLY if self.network != "mixer" else ():
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ValueError(f"{name} applies to network='mixer' only, not to {self.network!r}; remove it")
@@ -124,7 +124,7 @@ class Config:
         given = getattr(self, name)
         try:
             value = kind(given)
-        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last is PyTorch's, of tensors
+        except (TypeError, ValueError, OverflowError, RuntimeError):  # the last one is PyTorch's, for tensors
             value = None
         if value is None or not fits(value):
             shown = " ".join(reprlib.repr(given).split())
@@ -133,12 +133,12 @@ class Config:
 
     @classmethod
     def from_record(cls, fields: dict[str, Any]) -> "Config":
-        """The config of a record or of a weights file, also under the names that two fields once had."""
+        """Read the config of a record or a weights file; two fields may have their former names."""
         return cls(**{_OLD_NAMES.get(name, name): value for name, value in fields.items()})
 
     @property
     def name(self) -> str:
-        """A readable name, one per config: what differs from the coursework's setting is added to its end."""
+        """A readable, unique name; settings other than the coursework's are appended."""
         parts = []
         for field, label in _LABELS.items():
             value = getattr(self, field)
@@ -148,7 +148,7 @@ class Config:
         return "_".join(parts)
 
 
-# How a field is written in a name: the first four always, others where they are no default. File names depend on it.
+# A field's form in a name: the first four always, others unless they are the default. File names depend on it.
 _LABELS = {
     **{"lr": "lr{}", "dropout_p": "dropout{}", "batch_size": "batch{}", "seed": "seed{}"},
     **{"num_epochs": "epochs{}", "limit": "limit{}", "num_blocks": "blocks{}", "patch_size": "patch{}"},
@@ -171,11 +171,11 @@ Config.__doc__ = "\n    ".join([f"{Config.__doc__}", *map(": ".join, MEANINGS.it
 
 
 def check_names(of: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises TypeError for a name that is not known, with the known one that may have been meant."""
+    """Raise TypeError for an unknown name, suggesting the closest known one."""
     for name in given:
         if name not in known:
             close = difflib.get_close_matches(_ALIASES.get(name.strip("-").replace("-", "_"), name), known, 1)
-            raise TypeError(f"{of} takes no {name}{f'; did you mean {close[0]}?' if close else ''}")
+            raise TypeError(f"{of} does not accept {name}{f'; did you mean {close[0]}?' if close else ''}")
 
 
 def _naming(init: Callable[..., None]) -> Callable[..., None]:
@@ -191,7 +191,7 @@ Config.__init__ = _naming(Config.__init__)
 
 
 def check_configs(configs: Any) -> list[Config]:
-    """The configs of a list, or one config, each once and in their order. Raises TypeError for anything else."""
+    """Return one config or several as a list, without duplicates, in order. Raises TypeError for anything else."""
     configs = list(configs) if isinstance(configs, Iterable) and not isinstance(configs, dict | str) else [configs]
     for config in configs:
         if not isinstance(config, Config):
@@ -208,10 +208,10 @@ def grid(
     recipe: str | None = None,
     **others: Any,
 ) -> list[Config]:
-    """The configs of a parameter grid; without arguments the coursework's eight.
+    """List the configs of a parameter grid; without arguments, the coursework's eight.
 
-    ``recipe``: one of ``RECIPES``, whose values stand where none are given here.
-    ``others``: any other fields of ``Config``. All but ``seeds``, a list, take one value or a list of values:
+    ``recipe``: one of ``RECIPES``, which supplies the values not given here.
+    ``others``: any other fields of ``Config``. ``seeds`` is a list; all others take one value or a list of values:
     ``grid(lrs=0.01, seeds=range(3), num_blocks=[1, 2, 4])``. Raises ValueError, TypeError.
     """
     check_names("grid", others, [*_LISTS.values(), "recipe", *(_DEFAULTS.keys() - _LISTS.keys())])
@@ -233,7 +233,7 @@ def grid(
 def _real(value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError
-    return float(value) + 0.0  # which makes one zero of the two
+    return float(value) + 0.0  # turns -0.0 into 0.0
 
 
 def _whole(value: Any) -> int:

@@ -1,6 +1,6 @@
 """Fashion-MNIST, or a data set of your own in the same layout, as tensors on the device.
 
-A batch is an index into them, normalised when it is used. ``python -m mixer.data`` downloads Fashion-MNIST.
+Images are indexed and normalised one batch at a time. ``python -m mixer.data`` downloads Fashion-MNIST.
 """
 
 import sys
@@ -19,7 +19,7 @@ from torchvision.datasets import FashionMNIST
 from mixer.download import SHA256, DataError, absolute, content_of, prepare, sha256_of
 
 CLASSES = tuple(FashionMNIST.classes)
-PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the 60,000 training images, on a scale of 0 to 1
+PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the 60,000 training images, on a scale from 0 to 1
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 OTHER_TYPES = {9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}  # of IDX files
 warnings.filterwarnings("ignore", "'mixer.data' found in sys.modules", RuntimeWarning)  # by ``python -m mixer.data``
@@ -27,11 +27,11 @@ warnings.filterwarnings("ignore", "'mixer.data' found in sys.modules", RuntimeWa
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Images as uint8 and labels (N,) as int64 from 0 to 255, for training and for testing.
+    """Training and test images (uint8) with their labels (N,) (int64 from 0 to 255).
 
     Images are (N, H, W), or (N, 3, H, W) in colour. ``pixel_mean`` and ``pixel_std``, for :func:`normalise`, are
-    fractions of 255: by default those of the training images, over all colours at once, to four decimals. Raises
-    ValueError, which names the field that does not fit.
+    fractions of 255. By default they are computed from the training images, over all channels, to four decimals.
+    Raises ValueError naming the field that does not fit.
     """
 
     train_images: Tensor
@@ -58,37 +58,37 @@ class Data:
                 raise ValueError(f"{part}_labels must be from 0 to 255, not from {labels.min()} to {labels.max()}")
         train, test = tuple(self.train_images.shape[1:]), tuple(self.test_images.shape[1:])
         if train != test:
-            raise ValueError(f"test_images must be of the size of train_images, {train}, not {test}")
+            raise ValueError(f"test_images must have the size of train_images, {train}, not {test}")
         if self.pixel_mean is None or self.pixel_std is None:
             for field, value in zip(("pixel_mean", "pixel_std"), _pixel_statistics(self.train_images), strict=True):
                 object.__setattr__(self, field, value)
 
     @classmethod
     def from_torchvision(cls, train: torch.utils.data.Dataset, test: torch.utils.data.Dataset) -> "Data":
-        """Two datasets of torchvision in memory: MNIST, KMNIST, EMNIST, USPS, CIFAR-10, CIFAR-100 or SVHN.
+        """Convert two torchvision datasets held in memory: MNIST, KMNIST, EMNIST, USPS, CIFAR-10, CIFAR-100 or SVHN.
 
-        Colour stays colour; torchvision's ``rgb_to_grayscale(images)[:, 0]`` makes it grey. Labels index
-        ``train.classes``, so EMNIST's letters are 1 to 26. Transforms are not applied. Raises ValueError for what is
-        read file by file (ImageFolder) and for a part of a dataset (Subset).
+        Colour images stay in colour; torchvision's ``rgb_to_grayscale(images)[:, 0]`` turns them grey. Labels index
+        ``train.classes``, so EMNIST's letters are 1 to 26. Transforms are not applied. Raises ValueError for datasets
+        read file by file (ImageFolder) and for subsets (Subset).
         """
         tensors, name = [], type(train).__name__
         if getattr(train, "transforms", None):
-            warning = "Transforms of %s are not applied: flip, shift and erase of Config augment."
+            warning = "The transforms of %s are not applied: augment with flip, shift and erase of Config."
             getLogger("mixer").warning(warning, name)
         for part in (train, test):
             try:
                 images = torch.as_tensor(part.data)
                 labels = torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels)
             except (AttributeError, TypeError, ValueError, RuntimeError):
-                raise ValueError(f"{type(part).__name__} has no .data and .targets: give Data tensors of it") from None
-            if images.shape[3:] == (3,):  # as CIFAR's, while SVHN's channels come first
+                raise ValueError(f"{type(part).__name__} has no .data and .targets: pass its tensors to Data") from None
+            if images.shape[3:] == (3,):  # as in CIFAR; in SVHN the channels come first
                 images = images.movedim(3, 1).contiguous()
             tensors += [images, labels.long()]
         return cls(*tensors, name=name)
 
     @property
     def num_classes(self) -> int:
-        """The largest label of both parts, plus 1."""
+        """The largest training or test label, plus 1."""
         return 1 + max(int(self.train_labels.max()), int(self.test_labels.max()))
 
     @property
@@ -98,7 +98,7 @@ class Data:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """The SHA-256 of each tensor's IDX file; those of the whole of Fashion-MNIST are ``SHA256``."""
+        """The SHA-256 of each tensor's IDX file; for all of Fashion-MNIST they equal ``SHA256``."""
         return {file: sha256_of(idx_file(getattr(self, name))) for file, name in zip(SHA256, TENSORS, strict=True)}
 
     def to(self, device: torch.device | str) -> "Data":
@@ -123,8 +123,8 @@ def load(device: torch.device | str = "cpu") -> Data:
 def load_folder(folder: Path | str, device: torch.device | str = "cpu") -> Data:
     """Load a data set of your own: grey images of any size, up to 256 classes. Raises DataError.
 
-    ``folder`` holds four IDX files of unsigned bytes, named as in ``SHA256``, each as it is or as ``.gz``. The data set
-    has the folder's name, or that of its parent if the folder is called ``raw``.
+    ``folder`` holds four IDX files of unsigned bytes, named as in ``SHA256``, unpacked or as ``.gz``. The data set
+    takes the folder's name, or that of its parent if the folder is called ``raw``.
     """
     folder = absolute(folder)
     try:
@@ -134,9 +134,9 @@ def load_folder(folder: Path | str, device: torch.device | str = "cpu") -> Data:
 
 
 def validation_split(data: Data, seed: int = 0) -> Data:
-    """Hold out one twelfth of each class's training images, drawn by ``seed``, in place of the test images.
+    """Replace the test images by one twelfth of each class's training images, drawn with ``seed`` and held out.
 
-    Of Fashion-MNIST 55,000 images remain, in their order, and 500 a class validate. Raises ValueError if none would.
+    In Fashion-MNIST, 55,000 images remain, in order, and 500 per class are held out. Raises ValueError if no image is.
     """
     generator = torch.Generator().manual_seed(seed)
     labels = data.train_labels.cpu()
@@ -154,16 +154,16 @@ def validation_split(data: Data, seed: int = 0) -> Data:
 
 
 def normalise(images: Tensor, mean: float = PIXEL_MEAN, std: float = PIXEL_STD) -> Tensor:
-    """uint8 from 0 to 255 -> float32 of mean 0 and variance 1 over the training set.
+    """Map uint8 from 0 to 255 to float32 with mean 0 and variance 1 over the training set.
 
-    Grey images (B, H, W) get a channel, (B, 1, H, W); in colour they have their channels, (B, 3, H, W).
+    Grey images (B, H, W) become (B, 1, H, W); colour images keep their shape (B, 3, H, W).
     """
     images = images.unsqueeze(1) if images.ndim == 3 else images
     return images.to(torch.float32).mul_(1 / (255 * std)).add_(-mean / std)
 
 
 def idx_file(tensor: Tensor) -> bytes:
-    """LeCun's format for unsigned bytes: 0, 0, type 8, number of dimensions, each size as four bytes, the bytes."""
+    """Encode in LeCun's IDX format: 0, 0, type 8 (unsigned bytes), number of dimensions, four bytes per size, data."""
     header = np.array([0x800 + tensor.ndim, *tensor.shape], ">u4").tobytes()
     return header + tensor.to("cpu", torch.uint8).numpy().tobytes()
 
@@ -178,7 +178,7 @@ def _read(folder: Path) -> Iterator[Tensor]:
                 raise ValueError
             array = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
         except ValueError:  # NumPy refuses sizes that do not fit the bytes
-            problem = f"is not a whole IDX file of {dimensions}-D unsigned bytes: copy it anew"
+            problem = f"is not a complete IDX file of {dimensions}-D unsigned bytes: copy it again"
             if kind := OTHER_TYPES.get(int.from_bytes(content[:3])):
                 problem = f"holds {kind}, but unsigned bytes (type 8) are needed: convert it"
             raise DataError(f"{folder / name} {problem}.") from None
@@ -186,12 +186,12 @@ def _read(folder: Path) -> Iterator[Tensor]:
 
 
 def _pixel_statistics(images: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation as fractions of 255, from whole numbers, so the same on every device."""
+    """Mean and standard deviation as fractions of 255, from integer counts, so that every device gives the same."""
     count = images.flatten().bincount(minlength=256).cpu().double()
     value = torch.arange(256).double() / 255
     mean = (count @ value) / count.sum()
     variance = (count @ (value - mean) ** 2) / count.sum()
-    return round(float(mean), 4), round(float(variance.sqrt()), 4) or 1.0  # images of one grey are divided by 1
+    return round(float(mean), 4), round(float(variance.sqrt()), 4) or 1.0  # constant images are divided by 1
 
 
 if __name__ == "__main__":

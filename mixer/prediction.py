@@ -1,4 +1,4 @@
-"""Predictions of a trained model: logits of a data set, and classes of a picture, ``classify("shoe.jpg")``."""
+"""Predictions of a trained model: logits for a data set, and the class of a picture, ``classify("shoe.jpg")``."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from mixer.picture import prepare
 from mixer.system.device import autocast, threads_after_fork
 from mixer.system.files import SHIPPED, expand
 
-EVAL_BATCH = 1000  # images at a time, which keeps the eager model's hidden layer near 100 MB
+EVAL_BATCH = 1000  # images per batch, which keeps the eager model's hidden layer near 100 MB
 WEIGHTS = SHIPPED / "best.safetensors"
 _FASHION_MNIST = {"data": "Fashion-MNIST", "image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
 _WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
@@ -31,32 +31,32 @@ Picture = Path | str | bytes | Image.Image | np.ndarray | Tensor
 def predict(
     model: nn.Module, images: Tensor, precision: str = "float32", mean: float | None = None, std: float | None = None
 ) -> Iterator[Tensor]:
-    """The model's logits (up to EVAL_BATCH, num_classes) at a time, for uint8 images (N, H, W) or (N, 3, H, W).
+    """Yield the model's logits (at most EVAL_BATCH, num_classes) for uint8 images (N, H, W) or (N, 3, H, W).
 
-    They are float32, or float64 of a model in float64, which answers the same on every processor. ``mean`` and ``std``
-    of the pixels: Fashion-MNIST's when not given.
+    Logits are float32, or float64 from a float64 model, which gives the same answers on every processor. ``mean`` and
+    ``std`` of the pixels default to Fashion-MNIST's.
     """
     statistics = {} if mean is None else {"mean": mean, "std": std}
     dtype = next(model.parameters()).dtype
     model.eval()
     forward = model
-    if images.device.type == "cpu":  # what is recorded on CUDA is for training
+    if images.device.type == "cpu":  # CUDA graphs are for training only
         with autocast(images.device, precision):
             forward = choose(model, normalise(images[:1], **statistics).to(dtype)).forward
     for batch in images.split(EVAL_BATCH):
         with torch.inference_mode(), autocast(images.device, precision):
             logits = forward(normalise(batch, **statistics).to(dtype))
-        yield logits  # outside, since a generator's contexts would hold for its caller too
+        yield logits  # outside, since a generator's contexts would apply to its caller too
 
 
 def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False) -> pd.Series:
-    """Class -> probability, the likeliest first. Raises ValueError in one sentence.
+    """Return the probability of each class, most likely first. Raises ValueError in one sentence.
 
     picture: a file, its bytes, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W), of any size.
-    weights: a safetensors file of an ``MlpMixer`` of any sizes. Where its data set is not Fashion-MNIST, classes are
-    numbers, and the whole picture is what the model sees, in colour where it was trained in colour; else the object
-    that :func:`prepare` finds.
-    show: draw what the model sees. Where that is unlike the data set, a log line says so.
+    weights: a safetensors file of an ``MlpMixer`` of any size. For Fashion-MNIST, the model sees the object that
+    :func:`prepare` finds. For any other data set, classes are numbers and the model sees the whole picture, in colour
+    if it was trained in colour.
+    show: draw what the model sees. A log line warns if the picture is unlike the data set.
     """
     threads_after_fork()
     with torch.inference_mode():
@@ -68,7 +68,7 @@ def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False
     names = CLASSES if of_clothing and model.num_classes == len(CLASSES) else range(model.num_classes)
     answer = pd.Series(probabilities, index=names, name="probability").sort_values(ascending=False, kind="stable")
     if show:
-        import matplotlib.pyplot as plt  # only here, since it is slow to import
+        import matplotlib.pyplot as plt  # here, since it is slow to import
 
         axes = plt.figure(figsize=(2, 2)).add_subplot(title=answer.index[0], xticks=[], yticks=[])
         axes.imshow(image.transpose(1, 2, 0) if in_colour else image, cmap="gray", vmin=0, vmax=255)
@@ -77,19 +77,19 @@ def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False
 
 
 def load_model(weights: Path | str = WEIGHTS) -> MlpMixer:
-    """The trained model, ready to predict, with the sizes that the file's tensors have. Raises ValueError."""
+    """Load a trained model, ready to predict; its sizes follow from the file's tensors. Raises ValueError."""
     return load_with_origin(weights)[0]
 
 
 def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
-    """The model, and what the file says of its training.
+    """Load a model and the file's metadata about its training.
 
-    Of that, what a prediction needs is always there: of the images their data set's name (data), height and width
-    (image), and pixels' mean and standard deviation (pixel_mean, pixel_std). Raises ValueError.
+    The metadata always has what a prediction needs: the data set's name (data), the images' height and width (image),
+    and the pixels' mean and standard deviation (pixel_mean, pixel_std). Raises ValueError.
     """
     try:
         with safe_open(expand(weights), "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             origin = _FASHION_MNIST | json.loads((file.metadata() or {}).get("mixer", "{}"))
         channels, in_channels, *patch_size = state["stem.weight"].shape
         hidden, patches = state["blocks.0.patches_in.weight"].shape
@@ -111,7 +111,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
         if not (fits and all(weight.isfinite().all() for weight in state.values())):
             raise ValueError
     except FileNotFoundError:
-        raise ValueError(f"There are no weights in {weights}: train a run, or give another file.") from None
+        raise ValueError(f"There is no weights file {weights}: train a run, or give another file.") from None
     except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         problem = "does not hold the weights of an MlpMixer: give another file"
         if isinstance(error, SafetensorError) and is_zipfile(expand(weights)):
@@ -121,7 +121,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """The picture in RGB, as it was held; on white where it is transparent, or on black if light. Raises ValueError."""
+    """Open a picture in RGB, upright; if transparent, on white, or on black if it is light. Raises ValueError."""
     name = f"{picture!s:.200}" if isinstance(picture, str | Path) else f"An object of type {type(picture).__name__}"
     try:
         if isinstance(picture, Tensor):
@@ -132,7 +132,7 @@ def open_picture(picture: Picture) -> Image.Image:
         if not isinstance(picture, Image.Image):
             picture = Image.open(io.BytesIO(picture) if isinstance(picture, bytes | bytearray) else expand(picture))
         image = ImageOps.exif_transpose(picture)
-        if image.mode[0] in "IF":  # more than eight bits, which convert() would cut off
+        if image.mode[0] in "IF":  # more than eight bits, which convert() would clip
             image = _from_array(np.array(image))
         if image.has_transparency_data:
             grey, alpha = np.asarray(image.convert("LA"), dtype=float).T
@@ -143,11 +143,11 @@ def open_picture(picture: Picture) -> Image.Image:
         raise ValueError(f"There is no picture {name}.") from None
     except (OSError, SyntaxError, ValueError, AttributeError, TypeError, Image.DecompressionBombError):
         advice = "give a PNG or JPEG file, or finite numbers (height, width) or (height, width, 3)"
-        raise ValueError(f"{name} is not a picture that can be read: {advice}.") from None
+        raise ValueError(f"{name} cannot be read as a picture: {advice}.") from None
 
 
 def _from_array(values: np.ndarray) -> Image.Image:
-    """Finite numbers as eight bits: whole ones up to 255 as they are, others from 0 (or the least) to the largest."""
+    """Convert finite numbers to eight bits: integers up to 255 stay, others are scaled from 0 (or the minimum)."""
     while values.ndim > 2 and 1 in (len(values), values.shape[-1]):
         values = values[0] if len(values) == 1 else values[..., 0]
     if values.ndim == 3 and values.shape[2] not in (3, 4):

@@ -1,4 +1,4 @@
-"""Records: what a finished run leaves, as one JSON file, and where it comes from."""
+"""Records: one JSON file per finished run, with its results and its provenance."""
 
 import dataclasses
 import hashlib
@@ -24,33 +24,33 @@ RECORD_FORMAT = 1
 RESULTS = PROJECT / "results"
 MEASURED = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
 
-Record = dict[str, Any]  # config, history (a row an epoch), diverged, environment, format
+Record = dict[str, Any]  # config, history (one row per epoch), diverged, environment, format
 
 
 class RecordError(ValueError):
-    """A file in the results folder is not the record that it should be; the message says which and what to do."""
+    """A file in the results folder is not the expected record; the message says which one and what to do."""
 
 
 def record_path(config: Config, results: Path | str = RESULTS) -> Path:
-    """Where the record of a run lies."""
+    """Path of a run's record."""
     return expand(results) / f"{config.name}.json"
 
 
 def weights_path(config: Config, results: Path | str = RESULTS) -> Path:
-    """The weights of a run's best epoch: made by the run, too many to keep in the repository."""
+    """Path of the weights of a run's best epoch, which are too large for the repository."""
     return expand(results) / "weights" / f"{config.name}.safetensors"
 
 
 def write_record(record: Record, path: Path | str) -> None:
-    """Raises OSError in one sentence."""
+    """Write a record. Raises OSError in one sentence."""
     write_whole(expand(path), (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_record(path: Path | str) -> Record:
-    """One record. Raises RecordError when the file is damaged or something else, FileNotFoundError."""
+    """Read one record. Raises RecordError if the file is damaged or no record, FileNotFoundError if there is none."""
     path = expand(path)
     try:
-        if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for
+        if os.path.lexists(path) and not path.is_file():  # reading a pipe would block
             raise ValueError("it is not a regular file")
         record = json.loads(path.read_text(encoding="utf-8"))
         config = Config.from_record(record["config"])
@@ -58,11 +58,11 @@ def read_record(path: Path | str) -> Record:
         if record["format"] != RECORD_FORMAT:
             raise ValueError(f"its format is {record['format']}, not {RECORD_FORMAT}")
         if path.name != f"{config.name}.json" and not record.keys() & {"model", "optimiser"}:
-            raise ValueError(f"by its config its name should be {config.name}.json")
+            raise ValueError(f"according to its config it should be named {config.name}.json")
         epochs = record["diverged"]["epoch"] - 1 if record["diverged"] else config.num_epochs
         numbers = [[float(epoch[name]) for name in MEASURED] for epoch in record["history"]]
         if [epoch for epoch, *_ in numbers] != [*range(1, epochs + 1)]:
-            raise ValueError(f"it does not have the epochs from 1 to {epochs}")
+            raise ValueError(f"its epochs are not those from 1 to {epochs}")
         environment = record["environment"]
         environment["path"] = _OLD_PATHS.get(environment["path"], environment["path"])
         return record
@@ -71,7 +71,7 @@ def read_record(path: Path | str) -> Record:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
     except KeyError as error:
-        reason = f"it lacks {error}"
+        reason = f"{error} is missing"
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:200]
     raise RecordError(
@@ -83,30 +83,30 @@ _OLD_PATHS = {"plain": "eager", "replayed": "graphs"}
 
 
 def read_records(results: Path | str = RESULTS) -> list[Record]:
-    """All records of the folder, in the order of their names. Raises RecordError."""
+    """Read all records of a folder, in the order of their names. Raises RecordError."""
     return [read_record(path) for path in sorted(expand(results).glob("*.json"))]
 
 
 def histories(records: Iterable[Record]) -> pd.DataFrame:
-    """One row for every epoch of every record: the config's columns, then the history's. Accuracies are fractions."""
+    """Tabulate records, one row per epoch: the config's columns, then the history's. Accuracies are fractions."""
     rows = [record["config"] | epoch for record in records for epoch in record["history"]]
     return pd.DataFrame(rows, columns=[*(field.name for field in dataclasses.fields(Config)), *MEASURED])
 
 
 def best_epoch(record: Record) -> dict[str, float]:
-    """The epoch with the highest test accuracy, the first of equals."""
+    """The epoch with the highest test accuracy; of several, the first."""
     return max(record["history"], key=lambda epoch: epoch["test_accuracy"])
 
 
 def best(records: Iterable[Record]) -> Record:
-    """The record with the highest test accuracy of any epoch, the first of equals. ValueError when there is none."""
+    """The record with the highest test accuracy of any epoch; of several, the first. Raises ValueError for none."""
     return max((r for r in records if r["history"]), key=lambda record: best_epoch(record)["test_accuracy"])
 
 
 def coursework(records: Iterable[Record], seed: int = 0) -> list[Record]:
-    """The coursework's eight runs with this seed, in grid order, of the longest training that has all eight.
+    """The coursework's eight runs with this seed, in grid order, from the longest training that has all eight.
 
-    Raises RecordError when no eight belong together.
+    Raises RecordError if no training has all eight.
     """
     found = {Config(**record["config"]): record for record in records}
     for num_epochs in sorted({config.num_epochs for config in found}, reverse=True):
@@ -116,11 +116,11 @@ def coursework(records: Iterable[Record], seed: int = 0) -> list[Record]:
     raise RecordError("The results folder does not hold the eight runs of the coursework: run `make grid`.")
 
 
-# Where a record comes from
+# Provenance
 
 _PACKAGE = Path(__file__).parent
 _CHANGES = ("status", "--porcelain", "--untracked-files=normal", "--", ".")
-# What a run's bits depend on: all but reporting and studies.
+# The files that can change a run's bits: all but reporting and studies.
 _DECISIVE = sorted(
     str(path.relative_to(_PACKAGE))
     for pattern in ("*.py", "kernels/*.py", "kernels/*.cpp", "baselines/*.py", "system/*.py")
@@ -129,7 +129,7 @@ _DECISIVE = sorted(
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
-    """Versions, device, threads, precision, commit: what is the same for all that is run here and now."""
+    """Versions, device, threads, precision and commit, which are the same for every run in this process."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -148,7 +148,7 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        # Rented machines often hide the name's end; family and model tell the generation all the same.
+        # Rented machines often hide the end of the name; family and model still identify the generation.
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         cpu = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
         return f"cpu: {cpu['model name']}, family {cpu['cpu family']} model {cpu['model']}"
@@ -157,7 +157,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    """The commit of this package, with a + where the package differs from it; "unknown" where git does not have it."""
+    """The package's commit, with a + if its files differ from it; "unknown" if git does not track the package."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
@@ -168,12 +168,12 @@ def _commit() -> str:
         return result.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", *_DECISIVE)  # not those of a repository around an unpacked archive
+        git("ls-files", "--error-unmatch", *_DECISIVE)  # fails in an archive unpacked inside another repository
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git(*_CHANGES) else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
 
-# Asked when the code is loaded: while a run is trained for hours, files and commits move on.
+# Read on import: during hours of training, files and commits may change.
 _COMMIT = _commit()
 _CODE = hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name in _DECISIVE)).hexdigest()

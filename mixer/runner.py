@@ -1,6 +1,6 @@
-"""The runner of a grid: finished runs are read, interrupted runs resume, missing runs are trained, side by side.
+"""Running a grid: finished runs are skipped, interrupted runs resume, and missing runs train side by side.
 
-A finished run is one JSON file in the results folder. Several grids may work on one folder at the same time.
+A finished run is one JSON file in the results folder. Several grids may use the same folder at the same time.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ log = logging.getLogger("mixer")
 
 
 class GridError(RuntimeError):
-    """Some runs of a grid failed, after all the others were finished. ``failures``: config -> reason."""
+    """Some runs of a grid failed; all others are finished. ``failures``: config -> reason."""
 
     def __init__(self, failures: dict[Config, str]):
         self.failures = failures
@@ -54,17 +54,17 @@ def run_grid(
     data: Path | str | None = None,
     progress: bool = True,
 ) -> list[Record]:
-    """Train what is missing in ``results`` and return the records of all ``configs``, in their order.
+    """Train the runs missing from ``results`` and return the records of all ``configs``, in order.
 
-    jobs: so many runs at a time, in processes that share this machine's cores; with one, they are trained here.
-    executor: anything of ``concurrent.futures`` instead, such as dask's ``Client.get_executor()`` on a cluster whose
+    jobs: number of runs at a time, in processes that share this machine's cores; with 1, this process trains them.
+    executor: any ``concurrent.futures.Executor`` instead, such as Dask's ``Client.get_executor()`` on a cluster whose
     nodes share the folder.
-    device, precision: as of ``train``. data: the folder of a data set of one's own, as ``data.load_folder`` takes it.
-    A record that is there already and was made in another way, of other data or by another teacher, is a failure.
+    device, precision: as in ``train``. data: the folder of your own data set, as in ``data.load_folder``.
+    An existing record made with another device, precision, data set or teacher counts as a failure.
 
-    When a run fails, the others are trained all the same; then GridError names what failed. When a worker process is
-    killed, its runs resume, unless another one is killed before any run is finished. Ctrl-C stops them all and raises
-    Interrupted. OSError says that nothing can be written, or that no process can be started.
+    If a run fails, the others still train; then GridError names the failures. If a worker process is killed, its runs
+    resume, unless a second one is killed before any run finishes. Ctrl-C stops all runs and raises Interrupted. Raises
+    OSError if nothing can be written or no process can be started.
     """
     results = expand(results)
     configs = check_configs(configs)
@@ -86,7 +86,7 @@ def run_grid(
 def _run_all(configs: list[Config], run: functools.partial, executor: Executor | None, jobs: int) -> list[Record]:
     records: dict[Config, Record] = {}
     failures: dict[Config, str] = {}
-    # In turns: everything; what another grid was training just then; what a killed worker left behind.
+    # First everything, then what another grid was training or a killed worker left behind.
     todo, turn, killed = configs, 0, False
     while todo:
         busy, before = [], len(records)
@@ -120,7 +120,7 @@ def _run_all(configs: list[Config], run: functools.partial, executor: Executor |
 
 
 def _started(todo: list[Config], run: functools.partial, executor: Executor | None) -> Iterator[tuple[Config, Any]]:
-    """Each config with what waits for its record: in turn, or as an executor finishes them."""
+    """Yield each config with a function that waits for its record: in order, or as an executor finishes them."""
     if executor is None:
         yield from ((config, functools.partial(run, config)) for config in todo)
         return
@@ -147,21 +147,21 @@ def run_one(
     progress: bool = True,
     wait: bool = True,
 ) -> Record | None:
-    """The record of one run: read where it is there, trained where not; None if it is busy and ``wait`` is false.
+    """Read or train the record of one run. Returns None if it is being trained elsewhere and ``wait`` is false.
 
-    codes: what :func:`fingerprints` gives in the process that asks. turns: of the grid's runs, for their progress bars.
+    codes: :func:`fingerprints` of the calling process. turns: the runs' places in the grid, for the progress bars.
     """
     code = (codes or {}).get(config)
     path = record_path(config, results)
     checkpoint = results / "checkpoints" / f"{config.name}.pt"
-    if not os.path.lexists(path):  # what is there, if only a link to nothing, is not overwritten
+    if not os.path.lexists(path):  # nothing is overwritten, not even a broken link
         weights = weights_path(config, results)
-        for file in (path, checkpoint, last_weights(weights)):  # a name that is too long is known before training
+        for file in (path, checkpoint, last_weights(weights)):  # finds a name that is too long before training
             check_writable(file)
         with locked(checkpoint.with_suffix(".lock"), wait) as mine:
             if not mine:
                 return None
-            if not os.path.lexists(path):  # nobody finished it while we waited
+            if not os.path.lexists(path):  # not finished elsewhere while we waited
                 own = None if data is None else fashion_mnist.load_folder(data)
                 here = fingerprints([config], data).get(config) if position() is not None else code
                 if code and here and differences(code, here, config):
@@ -175,19 +175,19 @@ def run_one(
     _check_as_asked_for(record, path, config, device, precision, data)
     if code and (others := other_code(record, code)):
         raise RecordError(
-            f"{path} was trained by other code ({others}): give another folder for the results, or delete the record."
+            f"{path} was trained with different code ({others}): give another results folder, or delete the record."
         )
     return record
 
 
 _CHANGED_HERE_ONLY = (
-    "The model or its training was changed in this process only, and worker processes do not have the change: "
-    "write it into its file, or train with jobs=1."
+    "The model or its training was changed in this process only, so worker processes do not have the change: "
+    "make it in the source file, or train with jobs=1."
 )
 
 
 def fingerprints(configs: Sequence[Config], data: Path | None = None) -> dict[Config, Fingerprint]:
-    """What each config's run computes by the code as it is now; nothing for a config that cannot be trained.
+    """Compute each config's fingerprint with the present code; a config that cannot be trained has none.
 
     ``data``: as for :func:`run_grid`.
     """
@@ -204,17 +204,17 @@ def fingerprints(configs: Sequence[Config], data: Path | None = None) -> dict[Co
 
 
 def other_code(record: Record, code: Fingerprint) -> str:
-    """In what a record differs from the code that asks for it, in words; empty where it does not."""
+    """Say in words how a record's code differs from the present code; empty if it does not."""
     if "fingerprint" not in record:
-        return "it does not say what was computed"
+        return "it has no fingerprint"
     names = differences(record["fingerprint"], code, _config(record))
-    return f"the present code computes another {', '.join(names)}" if names else ""
+    return f"the present code differs in {', '.join(names)}" if names else ""
 
 
 def check_code(records: Iterable[Record]) -> None:
-    """Say in one log line which records of runs on Fashion-MNIST were trained by other code than the present one.
+    """Warn in one log line if records of runs on Fashion-MNIST were trained with different code.
 
-    Takes a second: as long as none differs, a few records are compared that use every option between them.
+    Takes a second: it compares a few records that cover every option, and all of them only if one of those differs.
     """
     own = [record for record in records if not record.keys() & {"model", "optimiser"}]
     seen, few = set(), []
@@ -227,12 +227,12 @@ def check_code(records: Iterable[Record]) -> None:
             few.append(record)
             seen |= options
     if others := _by_other_code(few) and _by_other_code(own):
-        count, advice = f"{len(others)} of {len(own)} records", "to see what the present code gives, train elsewhere"
-        log.warning("%s were trained by other code, first %s (%s): %s.", count, *others[0], advice)
+        count, advice = f"{len(others)} of {len(own)} records", "to use the present code, train into another folder"
+        log.warning("%s were trained with different code, the first being %s (%s): %s.", count, *others[0], advice)
 
 
 def _by_other_code(records: list[Record]) -> list[tuple[str, str]]:
-    """Names of the records that other code trained, each with the difference."""
+    """Names of the records trained with different code, each with the difference."""
     codes, others = fingerprints([_config(record) for record in records]), []
     for record in records:
         code = codes.get(_config(record))
@@ -247,7 +247,7 @@ def _config(record: Record) -> Config:
 def _check_as_asked_for(
     record: Record, path: Path, config: Config, device: str | None, precision: str | None, data: Path | None
 ) -> None:
-    """RecordError when the record is another config's, or was made otherwise than is asked for now."""
+    """Raise RecordError if the record has another config, device, precision, data set or teacher than requested."""
     environment = record["environment"]
     kind = environment["device"].partition(":")[0]
     made = {
@@ -268,14 +268,14 @@ def _check_as_asked_for(
     others = [name for name in made if made[name] != wanted[name]]
     if others:
         raise RecordError(
-            f"{path} is a record of another {' and '.join(others)} than asked for: give another folder for the "
-            "results, or remove the record."
+            f"{path} differs from what was requested ({' and '.join(others)}): give another results folder, or "
+            "remove the record."
         )
 
 
 @functools.cache
 def _sha256_of_part(limit: int | None, validation: bool, folder: Path | None) -> dict[str, str]:
-    """Of the part of a data set that a run sees."""
+    """SHA-256 of the part of a data set that a run uses."""
     if folder is None and limit is None and not validation:
         return fashion_mnist.SHA256
     data = fashion_mnist.load() if folder is None else fashion_mnist.load_folder(folder)

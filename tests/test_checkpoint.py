@@ -105,7 +105,7 @@ train(Config(num_epochs=500, num_blocks=1, limit=256), progress=False, checkpoin
     assert "Interrupted after " in line and (tmp_path / "run.pt").exists()
 
 
-def test_resumes_where_it_was_cut_off_and_says_so(few, checkpoint, uninterrupted, caplog, trained, monkeypatch):
+def test_resumes_an_interrupted_run_and_says_so(few, checkpoint, uninterrupted, caplog, trained, monkeypatch):
     here = Run._environment
     monkeypatch.setattr(Run, "_environment", lambda run: here(run) | {"system": "another machine"})
     record = run(few, checkpoint=checkpoint)
@@ -116,7 +116,7 @@ def test_resumes_where_it_was_cut_off_and_says_so(few, checkpoint, uninterrupted
 
 
 @pytest.mark.parametrize("dropout", [nn.Identity(), nn.Dropout(0.5)], ids=str)
-def test_resumes_a_model_of_ones_own_but_no_other_one(few, tmp_path, trained, caplog, dropout):
+def test_resumes_a_custom_model_but_no_other_one(few, tmp_path, trained, caplog, dropout):
     options = {"optimiser": nesterov, "checkpoint": tmp_path / "run.pt"}
     torch.manual_seed(0)
     whole = run(few, model=network(dropout), optimiser=nesterov)
@@ -128,7 +128,7 @@ def test_resumes_a_model_of_ones_own_but_no_other_one(few, tmp_path, trained, ca
     assert timeless(resumed) == timeless(whole) and trained == [3] and not caplog.records
     for other in ({"model": network(nn.Tanh())}, {"optimiser": torch.optim.Adam}):
         run(few, **{"model": network(dropout)} | options | other)
-        assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts afresh.")
+        assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts again.")
 
 
 # What cannot be used or written
@@ -151,22 +151,23 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_checkpoint_starts_the_run_afresh(few, checkpoint, uninterrupted, caplog, damage, trained):
+def test_damaged_checkpoint_starts_the_run_again(few, checkpoint, uninterrupted, caplog, damage, trained):
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     assert timeless(run(few, checkpoint=checkpoint)) == timeless(uninterrupted) and trained == [1, 2, 3]
     [message] = [record.getMessage() for record in caplog.records]
-    assert str(checkpoint) in message and message.endswith("damaged or something else: the run starts afresh.")
+    assert str(checkpoint) in message and message.endswith("damaged or no checkpoint: the run starts again.")
 
 
-def test_checkpoint_of_another_run_starts_this_one_afresh(few, checkpoint, caplog, trained):
+def test_checkpoint_of_another_run_starts_this_one_again(few, checkpoint, caplog, trained):
     other = replace(SHORT, lr=0.02)
     record = run(few, other, checkpoint=checkpoint)
     [message] = [record.getMessage() for record in caplog.records]
-    assert trained == [1, 2, 3] and "since other code, data, settings" in message and "\n" not in message
+    assert trained == [1, 2, 3] and "\n" not in message
+    assert "since it was made with different code, data, settings" in message
     assert timeless(record)["history"] == timeless(run(few, other))["history"]
 
 
-def test_checkpoint_is_of_data_precision_and_an_eager_models_threads(few, monkeypatch):
+def test_checkpoint_depends_on_data_precision_and_an_eager_models_threads(few, monkeypatch):
     mirrored, eager = replace(few, train_images=few.train_images.flip(2)), replace(TINY, num_channels=8)
     made = [(SHORT, CPU, "float32", few), (SHORT, CPU, "float32", mirrored), (SHORT, CPU, "bfloat16", few)]
     made.append((eager, CPU, "float32", few))
@@ -215,7 +216,7 @@ def test_diverged_run_leaves_no_weights_of_its_last_step_and_none_of_another_tra
     assert not weights.exists() and not last_weights(weights).exists()
 
 
-def test_weights_that_cannot_be_written_after_all_cost_neither_record_nor_training(few, tmp_path, caplog, trained):
+def test_unwritable_weights_cost_neither_record_nor_training(few, tmp_path, caplog, trained):
     weights, checkpoint = tmp_path / "best.safetensors", tmp_path / "run.pt"
     record = run(few, weights=weights, on_epoch=lambda *_: weights.mkdir(exist_ok=True))
     assert "safetensors cannot be written" in caplog.text and "The record is returned nevertheless" in caplog.text

@@ -51,7 +51,7 @@ def test_writes_the_table_from_last_weights_and_keeps_it_without_them(data, tmp_
     monkeypatch.setattr(label_errors, "SEEDS", (0, 1))
     monkeypatch.setattr(label_errors.fashion_mnist, "load", lambda: few)
     monkeypatch.setitem(RECIPES, "modern", RECIPES["modern"] | SMALL)
-    with pytest.raises(SystemExit, match=r"There are no weights in .*\.last\.safetensors"):
+    with pytest.raises(SystemExit, match=r"There is no weights file .*\.last\.safetensors"):
         label_errors.main()
     for seed in (0, 1):
         config = Config(**RECIPES["modern"], seed=seed)

@@ -1,4 +1,4 @@
-"""The command line trains a grid, prints a table, and says in one sentence what is wrong."""
+"""The command line trains a grid, prints a table, and reports errors in one sentence."""
 
 import dataclasses
 import os
@@ -57,8 +57,8 @@ def test_help_explains_every_option(capsys):
         "Without arguments: the coursework's eight runs.",
         "--lr X [X ...] learning rate (0.01 0.001)",
         "--patch-size X [X ...] height and width of a patch, in pixels (4x4)",
-        "--teacher X [X ...] name of the network that the run is distilled from, in place of the labels (none)",
-        "--limit X [X ...] train on the first so many images only, and test on as many (all)",
+        "--teacher X [X ...] network to distil from, by name, in place of the labels (none)",
+        "--limit X [X ...] use only this many training images, the first ones, and as many test images (all)",
     ):
         assert part in text
 
@@ -80,16 +80,16 @@ def test_help_puts_every_field_in_a_group(capsys):
     [
         ("--dropout 1.5", "dropout_p is 1.5, but it has to be a number from 0.0 to below 1"),
         ("--jobs 0", "jobs is 0, but it has to be a whole number above 0"),
-        ("--patch-size 4x", "--patch-size: one size or two, like 4 or 4x4, not '4x'"),
+        ("--patch-size 4x", "--patch-size: give one size or two, like 4 or 4x4, not '4x'"),
         ("--patch-size 4,4", "not '4,4'"),
-        ("--flip true", "--flip: yes or no, not 'true'"),
+        ("--flip true", "--flip: give yes or no, not 'true'"),
         ("--optimiser magic", "optimiser is 'magic', but it has to be one of adam, "),
         ("--mixup 0.5", "did you mean --mixup-prob?"),
-        ("--optimizer adam", "this command takes no --optimizer; did you mean --optimiser?"),
-        ("--learning-rate=0.1", "this command takes no --learning-rate; did you mean --lr?"),
-        ("--seed 1", "this command takes no --seed; did you mean --seeds?"),
-        ("--channels 32", "this command takes no --channels; did you mean --num-channels?"),
-        ("modern", "this command takes no modern\n"),
+        ("--optimizer adam", "this command does not accept --optimizer; did you mean --optimiser?"),
+        ("--learning-rate=0.1", "this command does not accept --learning-rate; did you mean --lr?"),
+        ("--seed 1", "this command does not accept --seed; did you mean --seeds?"),
+        ("--channels 32", "this command does not accept --channels; did you mean --num-channels?"),
+        ("modern", "this command does not accept modern\n"),
         ("--patch-size 8", "ValueError: patches of 8×8 do not tile an image of 28×28\n"),
         ("--device abacus", "there is no device 'abacus' here: give cpu, cuda or mps"),
         ("--data nowhere", "nowhere"),
@@ -110,6 +110,6 @@ def test_names_a_foreign_record_and_keeps_it(tmp_path):
     path.write_text("{}")
     options = "--lr 0.01 --dropout 0.1 --batch-size 16 --num-epochs 1 --num-blocks 1 --patch-size 4"
     options += " --patches-mlp-dim 16 --channels-mlp-dim 16"
-    with pytest.raises(SystemExit, match=r"is not a record of a finished run \(it lacks 'config'\): remove it"):
+    with pytest.raises(SystemExit, match=r"is not a record of a finished run \('config' is missing\): remove it"):
         main(["--results", str(tmp_path), *options.split()])
     assert path.read_text() == "{}"

@@ -84,7 +84,7 @@ def test_link_to_files_that_exist(path):
 
 
 def run(parameters: str, start: Path = PROJECT, last: str | None = None) -> None:
-    """Run experiments.ipynb, without its live training, as papermill does: parameters in a cell after those tagged so."""
+    """Run experiments.ipynb without its live training, with parameters in a cell of their own, as papermill does."""
     book = notebook(PROJECT / "notebooks" / "experiments.ipynb")
     (place,) = [i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", [])]
     book.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))

@@ -31,7 +31,7 @@ def boot(data) -> np.ndarray:
     return data.test_images[0].numpy()
 
 
-def test_half_taken_predictions_leave_the_callers_modes_alone(few):
+def test_unfinished_predictions_leave_the_callers_modes_alone(few):
     next(predict(MlpMixer(**SMALL), few.test_images.repeat(20, 1, 1), "bfloat16"))
     assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
 
@@ -66,7 +66,7 @@ def file_of(image: Image.Image, kind: str, **options) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(28, 20), (20, 28), (28, 28), (1, 3)])
-def test_picture_of_a_data_sets_size_comes_out_as_it_went_in(size):
+def test_keeps_a_picture_of_the_data_sets_size(size):
     picture = np.random.default_rng(0).integers(0, 100, size, np.uint8)
     assert np.array_equal(prepared(picture, size), picture)
     assert np.array_equal(prepared(255 - picture, size, False), 255 - picture)
@@ -75,7 +75,7 @@ def test_picture_of_a_data_sets_size_comes_out_as_it_went_in(size):
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, WEIGHTS.with_name("recipe.safetensors")], ids=lambda path: path.stem)
-def test_shipped_weights_know_test_images_and_photographs_of_them(weights, data):
+def test_shipped_weights_recognise_test_images_and_photographs_of_them(weights, data):
     images, names = data.test_images[:20].numpy(), [CLASSES[label] for label in data.test_labels[:20]]
     assert all(np.array_equal(prepared(image), image) for image in data.test_images[:200].numpy())
     assert sum(classify(image, weights).index[0] == name for image, name in zip(images, names, strict=True)) >= 16
@@ -85,7 +85,7 @@ def test_shipped_weights_know_test_images_and_photographs_of_them(weights, data)
     assert sum(classify(p, weights).index[0] == name for p, name in zip(photographs, names[:12], strict=True)) >= 10
 
 
-def test_tells_a_boot_in_any_form_of_picture(boot, tmp_path, monkeypatch):
+def test_recognises_a_boot_in_any_form_of_picture(boot, tmp_path, monkeypatch):
     large = np.kron(boot, np.ones((10, 10), np.uint8))
     light = 255 - large  # dark on light, unlike the data set
     colours = np.stack([light, light // 2 + 127, light], axis=2)
@@ -118,7 +118,7 @@ def test_photograph_is_shown_as_the_model_sees_it(boot, monkeypatch):
     plt.close()
 
 
-def test_says_when_the_picture_is_unlike_the_data_set(boot, caplog):
+def test_warns_of_a_picture_unlike_the_data_set(boot, caplog):
     patterned = np.kron(np.random.default_rng(0).integers(150, 256, (15, 20, 1)), np.ones((20, 20, 3)))
     several = photograph(boot)
     several[20:160, 20:160] = several[-180:-40, -190:-50]
@@ -140,10 +140,10 @@ def test_forked_child_classifies(boot):
 NO_NUMBERS = np.full((40, 40), np.nan, np.float32)
 NO_PICTURES = [
     *((name, f"There is no picture {name}") for name in ("nowhere.png", "~/nowhere.png")),
-    *((given, f"of type {type(given).__name__} is not a picture") for given in (7, 5000 * [7], bytes(5000))),
-    (torch.zeros(2, 2, 2, 2), r"shape \(2, 2, 2, 2\) is not a picture"),
-    *((array, "is not a picture") for array in (np.zeros((0, 3)), NO_NUMBERS, np.array([["a"]]))),
-    *((given, "is not a picture") for given in (__file__, file_of(Image.fromarray(NO_NUMBERS), "tiff"))),
+    *((given, f"of type {type(given).__name__} cannot be read as a picture") for given in (7, 5000 * [7], bytes(5000))),
+    (torch.zeros(2, 2, 2, 2), r"shape \(2, 2, 2, 2\) cannot be read as a picture"),
+    *((array, "cannot be read as a picture") for array in (np.zeros((0, 3)), NO_NUMBERS, np.array([["a"]]))),
+    *((given, "cannot be read as a picture") for given in (__file__, file_of(Image.fromarray(NO_NUMBERS), "tiff"))),
     (np.full((600, 600), 255, np.uint8), "The picture is of one colour"),
     (np.random.default_rng(0).integers(0, 256, (84, 84), np.uint8), "No object stands out"),
     (file_of(Image.new("L", (500_000, 1)), "png"), "500000 × 1 pixels is too small or narrow"),
@@ -151,7 +151,7 @@ NO_PICTURES = [
 
 
 @pytest.mark.parametrize(("picture", "sentence"), NO_PICTURES)
-def test_rejects_what_is_no_picture_in_one_sentence(picture, sentence):
+def test_rejects_anything_but_a_picture_in_one_sentence(picture, sentence):
     with pytest.raises(ValueError, match=sentence) as refusal:
         classify(picture)
     assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 250
@@ -190,12 +190,12 @@ NO_WEIGHTS = [b"", WEIGHTS.read_bytes()[:3000], {"other": torch.ones(2)}, NOT_FI
 
 
 @pytest.mark.parametrize("content", NO_WEIGHTS)
-def test_rejects_what_are_no_weights_in_one_sentence(content, tmp_path):
+def test_rejects_anything_but_weights_in_one_sentence(content, tmp_path):
     path = tmp_path / "w.safetensors"
     path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
     with pytest.raises(ValueError, match=r"^\S*w\.safetensors does not hold the weights of an MlpMixer: [^\n]*$"):
         load_model(path)
-    with pytest.raises(ValueError, match=r"^There are no weights in \S*: train a run, or give another file\.$"):
+    with pytest.raises(ValueError, match=r"^There is no weights file \S*: train a run, or give another file\.$"):
         load_model(tmp_path / "nowhere.safetensors")
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(ValueError, match=r"^\S*m\.pt was saved with torch\.save: give a safetensors file, as train\("):

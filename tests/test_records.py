@@ -57,21 +57,21 @@ WRONG = {
     "not UTF-8": (b'{"format": "\xff"}', "codec"),
     "nested without end": (b"[" * 100_000, ""),
     "a list": ([], ""),
-    "no config": ({}, "it lacks 'config'"),
+    "no config": ({}, "'config' is missing"),
     "another format": (record(format=9), "its format is 9, not 1"),
-    "another config": (record(Config(num_epochs=2, seed=1)), "by its config its name should be lr0.01"),
+    "another config": (record(Config(num_epochs=2, seed=1)), "according to its config it should be named lr0.01"),
     "an unknown field": (record() | {"config": {"warmth": 1}}, "warmth"),
     "an impossible config": (record() | {"config": {"lr": -1}}, "lr is -1"),
-    "too few epochs": (record(history=record()["history"][:1]), "it does not have the epochs from 1 to 2"),
-    "epochs in disorder": (record(history=record()["history"][::-1]), "it does not have the epochs from 1 to 2"),
-    "an epoch that lacks one": (record(history=[{"epoch": 1}]), "it lacks 'train_loss'"),
+    "too few epochs": (record(history=record()["history"][:1]), "its epochs are not those from 1 to 2"),
+    "epochs out of order": (record(history=record()["history"][::-1]), "its epochs are not those from 1 to 2"),
+    "an incomplete epoch": (record(history=[{"epoch": 1}]), "'train_loss' is missing"),
     "a word for a number": (record(history=[{"epoch": 1} | EPOCH | {"test_loss": "much"}]), "much"),
     "no environment": (record(environment=[]), ""),
 }
 
 
 @pytest.mark.parametrize(("content", "reason"), WRONG.values(), ids=WRONG)
-def test_rejects_what_is_no_record_and_keeps_it(tmp_path, content, reason):
+def test_rejects_a_file_that_is_no_record_and_keeps_it(tmp_path, content, reason):
     before = content if isinstance(content, bytes) else json.dumps(content).encode()
     path = tmp_path / f"{CONFIG.name}.json"
     path.write_bytes(before)
@@ -82,7 +82,7 @@ def test_rejects_what_is_no_record_and_keeps_it(tmp_path, content, reason):
 
 
 @pytest.mark.parametrize("put", [os.mkdir, os.mkfifo, lambda path: path.symlink_to(path)])
-def test_rejects_what_is_no_regular_file(tmp_path, put):
+def test_rejects_a_path_that_is_no_regular_file(tmp_path, put):
     path = tmp_path / f"{CONFIG.name}.json"
     with pytest.raises(FileNotFoundError):
         read_record(path)
@@ -100,7 +100,7 @@ def test_coursework_is_its_longest_complete_grid():
         coursework(runs, seed=1)
 
 
-def test_commit_is_the_packages_with_a_plus_where_it_differs(tmp_path, monkeypatch):
+def test_commit_gets_a_plus_if_the_package_differs(tmp_path, monkeypatch):
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -123,15 +123,15 @@ def test_commit_is_the_packages_with_a_plus_where_it_differs(tmp_path, monkeypat
     git("add", ".")
     git("commit", "-q", "-m", "second")
     assert commit() == git("rev-parse", "--short=12", "HEAD") != head
-    shutil.copytree(tmp_path / "mixer", tmp_path / "unpacked" / "mixer")  # an archive in another's repository
+    shutil.copytree(tmp_path / "mixer", tmp_path / "unpacked" / "mixer")  # an archive inside another repository
     assert commit("unpacked/mixer") == "unknown"
     monkeypatch.setenv("PATH", "")
     assert commit() == "unknown"
 
 
-def test_unwritable_place_is_one_sentence(tmp_path):
+def test_reports_an_unwritable_path_in_one_sentence(tmp_path):
     (tmp_path / "file").write_text("x")
-    os.mkfifo(tmp_path / "pipe")  # which would be waited for; a device would be replaced
+    os.mkfifo(tmp_path / "pipe")  # writing to it would block; a device would be replaced
     for path in (tmp_path, tmp_path / "file" / "below", tmp_path / "pipe", Path(os.devnull)):
         with pytest.raises(OSError, match=r"^[^\n]* cannot be written[^\n]*: give another [^\n]*\.$"):
             check_writable(path)
@@ -139,7 +139,7 @@ def test_unwritable_place_is_one_sentence(tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_file_is_one_writers_or_the_old_one(tmp_path, monkeypatch):
+def test_a_file_is_always_complete(tmp_path, monkeypatch):
     path, contents = tmp_path / "record.json", [b"a" * 100_000, b"b" * 100_000]
     with ThreadPoolExecutor(2) as executor:
         for _ in executor.map(lambda number: write_whole(path, contents[number % 2]), range(50)):

@@ -80,7 +80,7 @@ def timeless(records: list[dict]) -> list[list[dict]]:
     return [[epoch | {"seconds": 0} for epoch in record["history"]] for record in records]
 
 
-def test_trains_each_run_once_and_reads_it_ever_after(run, trained, tmp_path, own_data, monkeypatch):
+def test_trains_each_run_once_and_then_reads_its_record(run, trained, tmp_path, own_data, monkeypatch):
     records = run(TWO, tmp_path)
     assert trained == TWO and [Config(**record["config"]) for record in records] == TWO
     monkeypatch.setenv("HOME", str(tmp_path.parent))
@@ -108,7 +108,7 @@ def test_rejects_results_that_cannot_be_written_before_training(run, trained, tm
 
 @pytest.mark.parametrize("put", [Path.touch, os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
 def test_foreign_record_fails_its_run_only_and_is_kept(run, tmp_path, put):
-    """A pipe would be waited for, and a link to nothing be written through."""
+    """Reading a pipe would block, and writing would follow a broken link."""
     path = record_path(TWO[0], tmp_path)
     put(path)
     before = path.lstat().st_ino, path.lstat().st_mtime_ns
@@ -120,13 +120,13 @@ def test_foreign_record_fails_its_run_only_and_is_kept(run, tmp_path, put):
 
 
 @pytest.mark.parametrize("part", [{}, {"limit": 30}, {"validation": True}], ids=str)
-def test_rejects_a_record_made_otherwise(run, tmp_path, part):
+def test_rejects_a_record_made_with_other_settings(run, tmp_path, part):
     config = tiny(**part)
     records = run([config], tmp_path, precision="float32")
     assert run([config], tmp_path, precision="float32") == records
     other = write_data(tmp_path / "other", seed=1)
     for what, value in (("precision", "bfloat16"), ("device", "cuda"), ("data", other), ("data", None)):
-        with pytest.raises(GridError, match=f"is a record of another {what} than asked for: give another folder"):
+        with pytest.raises(GridError, match=rf"differs from what was requested \({what}\): give another"):
             run([config], tmp_path, **{what: value})
 
 
@@ -139,22 +139,22 @@ def test_rejects_a_record_of_another_teacher(run, tmp_path, monkeypatch):
     records = run([student], tmp_path / "students")
     assert run([student], tmp_path / "students") == records
     weights.write_bytes(b"others")
-    with pytest.raises(GridError, match="is a record of another teacher than asked for"):
+    with pytest.raises(GridError, match=r"differs from what was requested \(teacher\)"):
         run([student], tmp_path / "students")
     weights.unlink()  # as for those who have the records alone
     assert run([student], tmp_path / "students") == records
 
 
-def test_rejects_a_record_of_other_code(run, tmp_path):
+def test_rejects_a_record_of_different_code(run, tmp_path):
     [record] = run(TWO[:1], tmp_path)
     other = record | {"fingerprint": record["fingerprint"] | {"gradient": 1.0}}
     record_path(TWO[0], tmp_path).write_text(json.dumps(other))
-    with pytest.raises(GridError, match=r"was trained by other code \(.*gradient.*\): give another folder"):
+    with pytest.raises(GridError, match=r"was trained with different code \(.*gradient.*\): give another"):
         run(TWO[:1], tmp_path)
     assert read_records(tmp_path) == [other]
 
 
-def test_worker_refuses_to_train_another_model_than_is_asked_for(tmp_path, own_data, trained, monkeypatch):
+def test_worker_refuses_to_train_a_changed_model(tmp_path, own_data, trained, monkeypatch):
     codes = fingerprints(TWO[:1], own_data)
     monkeypatch.setattr(MixerBlock, "forward", lambda block, x: x)
     monkeypatch.setattr(runner, "position", lambda: 0)  # as in a worker
@@ -163,7 +163,7 @@ def test_worker_refuses_to_train_another_model_than_is_asked_for(tmp_path, own_d
     assert trained == []
 
 
-def test_says_which_records_are_of_other_code(caplog, monkeypatch):
+def test_warns_of_records_trained_with_different_code(caplog, monkeypatch):
     committed = [*(ROOT / "results").rglob("lr*.json")]
     records = [read_record(path) for path in committed]
     check_code(records)
@@ -171,7 +171,8 @@ def test_says_which_records_are_of_other_code(caplog, monkeypatch):
     monkeypatch.setattr(MixerBlock, "forward", lambda block, x: x)
     check_code(records[:3])
     [line] = caplog.messages
-    assert line.startswith(f"3 of 3 records were trained by other code, first {committed[0].stem} (the present code co")
+    first = committed[0].stem
+    assert line.startswith(f"3 of 3 records were trained with different code, the first being {first} (the ")
 
 
 def test_dask_trains_the_same_records(run, tmp_path):
@@ -213,7 +214,7 @@ def test_killed_worker_costs_no_epoch(run, tmp_path):
     assert kept and resume(records, kept)
 
 
-def test_worker_killed_again_and_again_says_how_to_go_on(run, tmp_path):
+def test_repeatedly_killed_worker_says_how_to_resume(run, tmp_path):
     done = threading.Event()
 
     def kill() -> None:
@@ -304,7 +305,7 @@ def test_grid_in_a_pools_worker_reports_its_error(run, tmp_path):
             pool.apply_async(run, ([tiny(limit=61)], tmp_path)).get(60)
 
 
-def test_script_without_a_guard_is_told_so_once(tmp_path, own_data):
+def test_reports_a_script_without_a_guard_once(tmp_path, own_data):
     call = f"run_grid(grid(num_epochs=1), {str(tmp_path)!r}, jobs=2, data={str(own_data)!r})"
     (tmp_path / "script.py").write_text(f"from mixer import grid, run_grid\n{call}")
     command, environment = [sys.executable, tmp_path / "script.py"], os.environ | {"PYTHONPATH": str(ROOT)}
