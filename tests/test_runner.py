@@ -158,7 +158,7 @@ def test_worker_refuses_to_train_a_changed_model(tmp_path, own_data, trained, mo
     codes = fingerprints(TWO[:1], own_data)
     monkeypatch.setattr(MixerBlock, "forward", lambda block, x: x)
     monkeypatch.setattr(runner, "position", lambda: 0)  # as in a worker
-    with pytest.raises(ValueError, match="was changed in this process only, and worker processes do not have"):
+    with pytest.raises(ValueError, match="was changed in this process only, so worker processes do not have"):
         run_one(TWO[0], tmp_path, data=own_data, codes=codes)
     assert trained == []
 
