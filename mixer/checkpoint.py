@@ -48,7 +48,7 @@ def resume(run: Any, path: Path) -> None:
         return
     except Exception as error:  # a damaged or foreign file can make torch.load raise anything
         reason = str(error).partition("\n")[0].rstrip(".")
-        log.warning("The checkpoint %s cannot be used, since %s: the run starts again.", path, reason)
+        log.warning("The checkpoint %s cannot be used, since %s: the run starts from the beginning.", path, reason)
         return
     run.model.load_state_dict(state["model"])
     if run.average is not None:

@@ -128,7 +128,7 @@ def test_resumes_a_custom_model_but_no_other_one(few, tmp_path, trained, caplog,
     assert timeless(resumed) == timeless(whole) and trained == [3] and not caplog.records
     for other in ({"model": network(nn.Tanh())}, {"optimiser": torch.optim.Adam}):
         run(few, **{"model": network(dropout)} | options | other)
-        assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts again.")
+        assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts from the beginning.")
 
 
 # What cannot be used or written
@@ -151,19 +151,19 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_checkpoint_starts_the_run_again(few, checkpoint, uninterrupted, caplog, damage, trained):
+def test_damaged_checkpoint_restarts_the_run(few, checkpoint, uninterrupted, caplog, damage, trained):
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     assert timeless(run(few, checkpoint=checkpoint)) == timeless(uninterrupted) and trained == [1, 2, 3]
     [message] = [record.getMessage() for record in caplog.records]
-    assert str(checkpoint) in message and message.endswith("damaged or no checkpoint: the run starts again.")
+    assert str(checkpoint) in message and message.endswith("its checksum is wrong: the run starts from the beginning.")
 
 
-def test_checkpoint_of_another_run_starts_this_one_again(few, checkpoint, caplog, trained):
+def test_checkpoint_of_another_run_restarts_this_one(few, checkpoint, caplog, trained):
     other = replace(SHORT, lr=0.02)
     record = run(few, other, checkpoint=checkpoint)
     [message] = [record.getMessage() for record in caplog.records]
     assert trained == [1, 2, 3] and "\n" not in message
-    assert "since it was made with different code, data, settings" in message
+    assert "made with different code, data, settings" in message
     assert timeless(record)["history"] == timeless(run(few, other))["history"]
 
 

@@ -120,7 +120,7 @@ def unseal(content: bytes) -> bytes:
     """The content of a sealed file. Raises ValueError where a bit of it has changed."""
     content, digest = content[:-32], content[-32:]
     if hashlib.sha256(content).digest() != digest:
-        raise ValueError("it is damaged or no checkpoint")
+        raise ValueError("its checksum is wrong")
     return content
 
 
