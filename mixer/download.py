@@ -1,7 +1,7 @@
-"""Fashion-MNIST's four IDX files in torchvision's layout, each as it is or as ``.gz``, checked by their SHA-256.
+"""Fashion-MNIST's four IDX files in torchvision's layout, unpacked or as ``.gz``, checked against their SHA-256.
 
-What the data folder lacks comes from Debian's package ``dataset-fashion-mnist`` if installed, else from torchvision's
-mirror, else from that package by ``apt-get download``. Nothing in the folder is ever overwritten or deleted.
+Missing files come from Debian's package ``dataset-fashion-mnist`` if it is installed, else from torchvision's mirror,
+else from that package through ``apt-get download``. No data file is ever overwritten or deleted.
 """
 
 import contextlib
@@ -34,17 +34,17 @@ REPLY_TIMEOUT = 20.0  # seconds without a byte
 
 
 class DataError(RuntimeError):
-    """No usable data set; the message is one sentence that says what to do."""
+    """The data set cannot be used; the message says in one sentence what to do."""
 
 
 def data_folder() -> Path:
-    """Return ``MIXER_DATA``, relative to PROJECT; else ``data`` in a checkout, else the user's. Raises DataError."""
+    """Return ``MIXER_DATA``, relative to PROJECT; else ``data`` in a checkout, or the user's. Raises DataError."""
     place = os.environ.get("MIXER_DATA") or ("data" if IN_CHECKOUT else _users_folder())
     return absolute(place if place.startswith("~") else PROJECT / place)
 
 
 def _users_folder() -> str:
-    """Return the folder for this user's data, where the system usually has it."""
+    """Return the system's usual folder for this user's data."""
     usual = {"win32": ("LOCALAPPDATA", "~/AppData/Local"), "darwin": ("", "~/Library/Application Support")}
     variable, default = usual.get(sys.platform, ("XDG_DATA_HOME", "~/.local/share"))
     base = os.environ.get(variable, "")
@@ -52,7 +52,7 @@ def _users_folder() -> str:
 
 
 def prepare() -> Path:
-    """Complete Fashion-MNIST in the data folder and return the folder. Raises DataError."""
+    """Add the missing files to the data folder and return the folder. Raises DataError."""
     folder = data_folder()
     raw = folder / "FashionMNIST" / "raw"
     try:
@@ -62,17 +62,17 @@ def prepare() -> Path:
                 _complete(raw)
     except OSError as error:
         problem = f"Fashion-MNIST cannot be written to {raw} ({error.strerror or error})"
-        raise DataError(f"{problem}: set MIXER_DATA to a folder that can be written and has 200 MB of room.") from None
+        raise DataError(f"{problem}: set MIXER_DATA to a writable folder with 200 MB of free space.") from None
     return folder
 
 
 def _missing(raw: Path) -> list[str]:
-    """Return the names of which ``raw`` has no file. Raises DataError if a file there is not Fashion-MNIST's."""
+    """Return the names of the files missing from ``raw``. Raises DataError if a file is not Fashion-MNIST's."""
     missing = [name for name in SHA256 if not any(os.path.lexists(raw / (name + end)) for end in ("", ".gz"))]
     for name, digest in SHA256.items():
         if name not in missing and sha256_of(content_of(raw / name)) != digest:
             advice = "move it away, or set MIXER_DATA to another folder, then run again"
-            raise DataError(f"{raw / name} is another file than Fashion-MNIST's of that name: {advice}.")
+            raise DataError(f"{raw / name} is not Fashion-MNIST's file of that name: {advice}.")
     return missing
 
 
@@ -85,20 +85,20 @@ def _complete(raw: Path) -> None:
             _missing(source)
             for name in missing:
                 Path(incoming, name).write_bytes(content_of(source / name))
-                if not os.path.lexists(raw / name):  # nobody has put one there meanwhile
+                if not os.path.lexists(raw / name):  # nothing has been put there meanwhile
                     Path(incoming, name).replace(raw / name)
         _missing(raw)
 
 
 def _download(incoming: Path, raw: Path) -> Path:
-    """Download with torchvision, else with apt, whose lists may be missing; return the folder. Raises DataError."""
+    """Download with torchvision, else with apt, updating its lists if needed; return the folder. Raises DataError."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(REPLY_TIMEOUT)  # torchvision would wait for ever
     try:
         with Path(os.devnull).open("w") as silence, contextlib.redirect_stderr(silence):
             FashionMNIST(incoming, download=True)
         return incoming / "FashionMNIST" / "raw"
-    except Exception as error:  # network, HTTP, gzip and torchvision raise their own
+    except Exception as error:  # network, HTTP, gzip and torchvision each raise their own
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         reason = " ".join(str(error).split()).rstrip(".")
@@ -108,7 +108,7 @@ def _download(incoming: Path, raw: Path) -> Path:
     if apt.returncode == 0:
         return incoming / DEBIAN_FOLDER.relative_to("/")
     reason += "; " + apt.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-    advice = f"connect to the internet, or put its four files, as they are or as .gz, into {raw}"
+    advice = f"connect to the internet, or put its four files, unpacked or as .gz, into {raw}"
     raise DataError(f"Fashion-MNIST could not be downloaded ({reason}): {advice}, then run again.")
 
 
@@ -121,7 +121,7 @@ def content_of(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read ({reason}): copy it anew, or use another folder.") from None
+        raise DataError(f"{path} cannot be read ({reason}): copy it again, or use another folder.") from None
 
 
 def absolute(path: Path | str) -> Path:

@@ -1,8 +1,8 @@
-"""What a run computes, by its behaviour: numbers that follow from model, loss, augmentation and optimiser as they are.
+"""Fingerprints of a run: a few numbers that its model, loss, augmentation and optimiser compute.
 
-A record says which config it is of; the code may have changed since. So every run is tried out on a few images of
-noise, in eager PyTorch and float64, and the numbers go into the record. They are the same after comments, moves and
-refactoring, on every processor, and others with ReLU in place of GELU, another eps or another initialisation.
+A record names its config, but the code may have changed since. So every run is tried on a few noise images, in eager
+PyTorch and float64, and the resulting numbers go into its record. Comments, moves and refactoring leave them unchanged,
+as does another processor. ReLU in place of GELU, another eps or another initialisation changes them.
 """
 
 import math
@@ -18,14 +18,14 @@ from mixer.data import PIXEL_MEAN, PIXEL_STD, Data
 Fingerprint = dict[str, float]
 
 IMAGES, BATCH = 6, 2
-# Relative tolerances: processors round the initial weights in float32, and Muon multiplies in bfloat16.
+# Relative tolerances: processors differ in the float32 rounding of initial weights, and Muon uses bfloat16.
 TOLERANCES = {"weights": 1e-4, "output": 1e-8, "gradient": 1e-8, "steps": 1e-8, "loss": 1e-8}
 MUON = {"steps": 0.1, "loss": 0.1}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What of a data set decides how a run computes: an image's shape, number of classes, statistics of the pixels."""
+    """The properties of a data set that affect a run's code: image shape, number of classes, pixel statistics."""
 
     image: tuple[int, ...]
     classes: int
@@ -41,7 +41,7 @@ FASHION_MNIST = Kind((28, 28), 10, PIXEL_MEAN, PIXEL_STD)
 
 
 def trial(config: Config, kind: Kind) -> tuple[Config, Data]:
-    """Config and data of a run that is tried out: images of noise."""
+    """Return the config and the data, noise images, of a trial run."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (IMAGES + BATCH, *kind.image), generator=generator).to(torch.uint8)
     labels = kind.classes - 1 - torch.arange(IMAGES + BATCH) % kind.classes
@@ -51,12 +51,12 @@ def trial(config: Config, kind: Kind) -> tuple[Config, Data]:
 
 
 def try_out(run: Any) -> Fingerprint:
-    """Try out a new ``training.Run`` of what :func:`trial` gives; it is of no further use."""
+    """Compute the fingerprint with a new ``training.Run`` made from :func:`trial`, which cannot be used afterwards."""
     numbers = {"weights": _projection([p.detach().double() for p in run.model.parameters()])}
     for model in {run.model, run.tested}:
-        if "model" not in run.brought:  # which may make float32 tensors as it goes
+        if "model" not in run.brought:  # a custom model may create float32 tensors in forward
             model.double()
-            model.register_forward_pre_hook(lambda _, inputs: inputs[0].double())  # and so it stays in eager PyTorch
+            model.register_forward_pre_hook(lambda _, inputs: inputs[0].double())  # keeps it in eager PyTorch too
         _set_weights(model)
     numbers["output"], _ = run.evaluate()
     before, gradients = [p.detach().clone() for p in run.model.parameters()], []
@@ -70,19 +70,19 @@ def try_out(run: Any) -> Fingerprint:
     numbers["gradient"] = _projection(gradients)
     numbers["steps"] = _projection([new - old for new, old in zip(after, before, strict=True)])
     numbers["loss"] = run.history[0]["test_loss"] if run.history else math.inf
-    # JSON has no infinity, to which the steps of an absurd learning rate lead.
+    # JSON has no infinity, which an absurd learning rate can lead to.
     return {name: float(f"{number:.12g}") if math.isfinite(number) else 0.0 for name, number in numbers.items()}
 
 
 def differences(one: Fingerprint, other: Fingerprint, config: Config) -> list[str]:
-    """The numbers in which two fingerprints of the same config differ, by their names."""
+    """Name the numbers in which two fingerprints of the same config differ."""
     tolerances = TOLERANCES | (MUON if config.optimiser == "muon" else {})
     return [name for name, close in tolerances.items() if not math.isclose(one[name], other[name], rel_tol=close)]
 
 
 @torch.no_grad()
 def _set_weights(model: nn.Module) -> None:
-    """The same weights to the last bit on every processor, none of them zero: a zero head would hide the rest."""
+    """Set weights that are bit-identical on every processor, with a non-zero head: a zero head would hide the rest."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randint(-999, 1000, parameter.shape, generator=generator).double() / 1000
@@ -91,7 +91,7 @@ def _set_weights(model: nn.Module) -> None:
 
 
 def _projection(tensors: list[Tensor]) -> float:
-    """Onto a fixed direction, since no rearrangement of the numbers keeps it; with the norm it is far from zero."""
+    """Project onto a fixed direction, which detects reordered numbers; adding the norm keeps it away from zero."""
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors]).double()
     direction = torch.randint(-999, 1000, flat.shape, generator=torch.Generator().manual_seed(1)).double() / 1000
     return float(flat @ direction + flat.norm())

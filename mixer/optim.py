@@ -8,10 +8,10 @@ from torch.optim import SGD, Adam, AdamW, Muon, Optimizer, RMSprop
 
 
 def optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
-    """The optimisers that together train all parameters of ``model``, by ``Config.optimiser``.
+    """Return the optimisers that together train all parameters of ``model``, for ``name`` as in ``Config.optimiser``.
 
-    "muon" is Muon (Jordan et al. 2024) for the matrices of the blocks, and AdamW with 0.15 of its learning rate for the
-    rest. The blocks of a convolutional network have no matrices: AdamW trains all of it.
+    "muon" is Muon (Jordan et al. 2024) for the matrices in the blocks, and AdamW with 0.15 of its learning rate for the
+    rest. The blocks of a convolutional network have no matrices, so AdamW trains all of it.
     """
     fused = next(model.parameters()).device.type != "mps"
     settings = {"lr": lr, "weight_decay": weight_decay, "fused": fused}
@@ -30,8 +30,8 @@ def optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> l
             blocks = getattr(model, "blocks", None)
             if not isinstance(blocks, nn.Module):
                 raise ValueError(
-                    f"muon trains the matrices of a model's blocks, and {type(model).__name__} has none: take another "
-                    "optimiser, or name its layers blocks"
+                    f"muon trains the matrices in model.blocks, and {type(model).__name__} has no blocks: choose "
+                    "another optimiser, or put the layers into a module called blocks"
                 )
             matrices = [weight for weight in blocks.parameters() if weight.ndim == 2]
             rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
@@ -41,7 +41,7 @@ def optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> l
 
 
 def schedule(name: str, done: float, first: float) -> float:
-    """The factor of the learning rate when ``done`` of the training is done, of which the first epoch is ``first``."""
+    """Learning-rate factor at the fraction ``done`` of the training; ``first`` is the first epoch's fraction."""
     if name == "constant":
         return 1.0
-    return done / first if done <= first else (1 - done) / (1 - first)  # linear: warm-up, then down to 0
+    return done / first if done <= first else (1 - done) / (1 - first)  # linear: warm-up, then decay to 0

@@ -58,7 +58,7 @@ def test_loads_all_of_fashion_mnist_normalised(data):
     assert abs(float(images.double().mean())) < 1e-3 and float(images.double().std()) == pytest.approx(1, abs=1e-3)
 
 
-def test_computes_pixel_statistics_of_a_data_set_of_your_own(data):
+def test_computes_pixel_statistics_of_your_own_data_set(data):
     own = own_data()
     images = normalise(own.train_images, own.pixel_mean, own.pixel_std).double()
     assert abs(float(images.mean())) < 1e-3 and float(images.std(correction=0)) == pytest.approx(1, abs=1e-3)
@@ -123,7 +123,7 @@ def test_validation_split_of_fashion_mnist_is_the_same_everywhere(data):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_loads_a_folder_of_your_own(tmp_path, packed):
+def test_loads_your_own_folder(tmp_path, packed):
     own = own_data()
     read = load_folder(str(write_idx(tmp_path / "shapes", own, packed)))
     assert read.name == "shapes" and read.sha256 == own.sha256 and read.num_classes == 3
@@ -152,7 +152,7 @@ LABELS = [number % 3 for number in range(24)]
         (SVHN, {"data": CHANNELS_FIRST, "labels": np.array(LABELS)}, CHANNELS_FIRST),
     ],
 )
-def test_takes_a_dataset_of_torchvision_without_its_transforms(kind, held, images, caplog):
+def test_accepts_a_torchvision_dataset_without_its_transforms(kind, held, images, caplog):
     half = of_torchvision(kind, **{name: values[:12] for name, values in held.items()})
     own = Data.from_torchvision(of_torchvision(kind, transform=np.flip, **held), half)
     assert np.array_equal(own.train_images, images) and own.name == kind.__name__
@@ -160,7 +160,7 @@ def test_takes_a_dataset_of_torchvision_without_its_transforms(kind, held, image
     assert caplog.messages[0].startswith(f"The transforms of {own.name} are not applied: augment with flip, shift")
 
 
-def test_rejects_other_datasets_of_torchvision():
+def test_rejects_other_torchvision_datasets():
     held = of_torchvision(USPS, data=COLOURS[..., 0], targets=LABELS)
     no_numbers = of_torchvision(USPS, data=COLOURS[..., 0], targets=["a"] * 24)
     for dataset in (Subset(held, [0]), of_torchvision(ImageFolder, targets=LABELS), no_numbers):
@@ -189,7 +189,7 @@ def test_rejects_a_damaged_folder(tmp_path, name, damage, sentence):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch) -> Path:
-    """Packed files as in Debian's package, which is not installed; without a mirror and without apt."""
+    """Packed files as in Debian's package, which is not installed; no mirror and no apt."""
     folder = write_idx(tmp_path / "package", own_data(), packed=True)
     md5 = [(name, hashlib.md5(content).hexdigest()) for name, content in contents(folder).items()]
     monkeypatch.setattr(download, "SHA256", own_data().sha256)
@@ -203,7 +203,7 @@ def package(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch) -> Path:
-    """Where the data set is to appear."""
+    """The folder that the data set goes into."""
     monkeypatch.setenv("MIXER_DATA", str(tmp_path / "data"))
     return tmp_path / "data" / "FashionMNIST" / "raw"
 
@@ -244,7 +244,7 @@ def send(package: Path) -> Callable[[BaseHTTPRequestHandler], None]:
         (lambda request: reply(request, b"<html>Please log in"), "not found or corrupted"),
     ],
 )
-def test_names_a_fault_of_the_mirror_and_leaves_nothing(raw, package, monkeypatch, capfd, answer, words):
+def test_names_the_mirrors_fault_and_leaves_nothing(raw, package, monkeypatch, capfd, answer, words):
     monkeypatch.setattr(download, "REPLY_TIMEOUT", 0.3)
     sentence = f"could not be downloaded .*{words}.*; .*apt-get.*not found.*: connect to the internet, .*run again"
     with mirror(answer), pytest.raises(DataError, match=sentence) as caught:
@@ -274,7 +274,7 @@ def test_downloads_the_package_with_apt(raw, package, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["~/data", "relative"])
-def test_takes_the_installed_package_into_any_data_folder(package, tmp_path, monkeypatch, place):
+def test_copies_the_installed_package_into_any_data_folder(package, tmp_path, monkeypatch, place):
     monkeypatch.setattr(download, "DEBIAN_FOLDER", package)
     monkeypatch.setattr(download, "PROJECT", tmp_path)  # wherever Python was started
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -291,7 +291,7 @@ def test_uses_packed_files_as_they_are(raw, package):
 
 def test_rejects_other_content_from_any_source(raw, package, monkeypatch):
     monkeypatch.setattr(download, "DEBIAN_FOLDER", write_idx(package.parent / "other", own_data(train=47)))
-    with pytest.raises(DataError, match=rf"other/{NAMES[0]} is another file than"):
+    with pytest.raises(DataError, match=rf"other/{NAMES[0]} is not Fashion-MNIST's file"):
         download.prepare()
     assert contents(raw) == {}
 
@@ -304,13 +304,13 @@ def test_leaves_a_foreign_file_alone(raw, package, monkeypatch, kind):
         (raw / name).unlink()
     _ = path.mkdir() if kind == "a folder" else path.write_bytes(gzip.compress(b"my own labels"))
     before = {file.name: file.stat() for file in raw.iterdir()}
-    with pytest.raises(DataError, match=rf"{NAMES[1]} (is another file than|cannot be read)"):
+    with pytest.raises(DataError, match=rf"{NAMES[1]} (is not Fashion-MNIST's file|cannot be read)"):
         download.prepare()
     assert {file.name: file.stat() for file in raw.iterdir()} == before
 
 
 @pytest.mark.parametrize("place", ["{tmp}/file", "{tmp}/" + "n" * 300, "/proc/data", "~nobody-of-this-name"])
-def test_rejects_a_folder_that_cannot_be(package, tmp_path, monkeypatch, place):
+def test_rejects_an_impossible_folder(package, tmp_path, monkeypatch, place):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MIXER_DATA", place.format(tmp=tmp_path))
     with pytest.raises(DataError, match=r"cannot be written .*set MIXER_DATA|home folder that does not exist"):
@@ -324,7 +324,7 @@ def test_a_full_disk_leaves_nothing(raw, package):
     with mirror(send(package)), contextlib.ExitStack() as after:
         after.callback(resource.setrlimit, resource.RLIMIT_FSIZE, before)
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))  # the kernel refuses to write more
-        with pytest.raises(DataError, match=r"cannot be written .*File too large.* 200 MB of room"):
+        with pytest.raises(DataError, match=r"cannot be written .*File too large.* 200 MB of free space"):
             download.prepare()
     assert contents(raw) == {}
 

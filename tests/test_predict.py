@@ -126,7 +126,7 @@ def test_warns_of_a_picture_unlike_the_data_set(boot, caplog):
     photographs = photograph(boot), np.uint8(photograph(boot) / 255 * patterned), several, pen, np.zeros((28, 28))
     for picture in photographs:
         classify(picture)
-    reasons = "background is not plain", "several things stand out", "another shape", "of one colour"
+    reasons = "background is not plain", "several objects stand out", "unusual size", "only one colour"
     assert [reason in record.getMessage() for reason, record in zip(reasons, caplog.records, strict=True)] == 4 * [True]
 
 
@@ -144,7 +144,7 @@ NO_PICTURES = [
     (torch.zeros(2, 2, 2, 2), r"shape \(2, 2, 2, 2\) cannot be read as a picture"),
     *((array, "cannot be read as a picture") for array in (np.zeros((0, 3)), NO_NUMBERS, np.array([["a"]]))),
     *((given, "cannot be read as a picture") for given in (__file__, file_of(Image.fromarray(NO_NUMBERS), "tiff"))),
-    (np.full((600, 600), 255, np.uint8), "The picture is of one colour"),
+    (np.full((600, 600), 255, np.uint8), "The picture has only one colour"),
     (np.random.default_rng(0).integers(0, 256, (84, 84), np.uint8), "No object stands out"),
     (file_of(Image.new("L", (500_000, 1)), "png"), "500000 × 1 pixels is too small or narrow"),
 ]
