@@ -1,4 +1,4 @@
-"""``accelerate`` gives the plain model's answer, whatever has been made of the model."""
+"""``accelerate`` gives the eager model's answer, however the model has been changed."""
 
 from itertools import cycle
 
@@ -21,7 +21,7 @@ SHORT = Config(lr=0.01, dropout_p=0.1, batch_size=100, num_epochs=2, num_blocks=
 
 
 def mixer(**settings) -> MlpMixer:
-    """A small mixer, whose head is zero."""
+    """A small mixer with a zero head."""
     sizes = {"num_blocks": 2, "patches_mlp_dim": 64, "channels_mlp_dim": 32, "dropout_p": 0.2}
     return MlpMixer(**sizes | settings)
 
@@ -39,7 +39,7 @@ def written(activation=F.gelu, eps=1e-6):
 
 
 def put(name, value):
-    """A change that gives the second block, or a layer in it, another attribute."""
+    """A change that sets an attribute of the second block or of a layer in it."""
     owner, _, attribute = name.rpartition(".")
     return lambda model, _: setattr(model.blocks[1].get_submodule(owner), attribute, value)
 
@@ -52,8 +52,8 @@ SAME = written()
 SIGNS = cycle([1, 1, -1])
 STOCHASTIC_DEPTH = lambda self, x: SAME(self, x) if torch.rand(()) < 1 else x  # noqa: E731
 TANH = written(lambda y: F.gelu(y, approximate="tanh"))
-DIFFERS = "it computes something else than the fast path"
-# What is made of a mixer, and why it is eager then; None where it still is what the fast path computes.
+DIFFERS = "its answers differ from the fast path's"
+# A change of a mixer, and why it is then eager; None if the fast path still computes the same.
 CHANGES = {
     "the same in other words": (edit(MixerBlock, SAME), None),
     "tied blocks": (lambda model, _: model.blocks.append(model.blocks[0]), None),
@@ -66,23 +66,23 @@ CHANGES = {
     "no bias": (put("channels_out", nn.Linear(32, 16, bias=False)), "blocks.1.channels_out has no bias"),
     "another eps": (put("patches_norm.eps", 1e-5), "an eps of 1e-05, not 1e-06"),
     "pruning": (lambda model, _: prune.l1_unstructured(model.blocks[1].patches_in, "weight", 0.5), "a hook"),
-    "nn.Dropout": (put("dropout", nn.Dropout(0.2)), "the dropout of a block is another"),
+    "nn.Dropout": (put("dropout", nn.Dropout(0.2)), "a block has a different dropout"),
     "a dropout in evaluation mode": (put("dropout.training", False), "different settings"),
     "another eps in forward": (edit(MixerBlock, written(eps=1e-5)), DIFFERS),
     "GELU's tanh form in forward": (edit(MixerBlock, TANH), DIFFERS),
-    "another answer each time": (edit(MixerBlock, lambda self, x: SAME(self, next(SIGNS) * x)), "others each time"),
+    "another answer each time": (edit(MixerBlock, lambda self, x: SAME(self, next(SIGNS) * x)), "call to call"),
     "a forward of the model": (edit(MlpMixer, lambda self, x: 2 * self.classify(self.embed(x))), DIFFERS),
     "a forward of one block": (put("forward", lambda x: x), DIFFERS),
     "a forward of one layer": (put("channels_norm.forward", lambda x: x), DIFFERS),
     "a block's subclass": (put("__class__", type("Own", (MixerBlock,), {})), "a block is Own, not MixerBlock"),
     "a mixer's subclass": (lambda m, _: setattr(m, "__class__", type("Own", (MlpMixer,), {})), "Own is not MlpMixer"),
     "another network": (lambda model, _: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), "Sequential is not MlpMixer"),
-    "32 channels": (lambda model, _: mixer(num_channels=32), "it has 32 channels, and the fused operator serves 16"),
+    "32 channels": (lambda model, _: mixer(num_channels=32), "it has 32 channels, but the fused operator needs 16"),
 }
 
 
 def answers(model, forward):
-    """Logits and gradients, with a head that is not zero."""
+    """Logits and gradients, with a non-zero head."""
     nn.init.ones_(model.head.weight[:, :5])
     model.zero_grad()
     torch.manual_seed(2)
@@ -92,7 +92,7 @@ def answers(model, forward):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_gives_the_plain_models_answer_and_says_why(change, monkeypatch, caplog):
+def test_gives_the_eager_models_answer_and_says_why(change, monkeypatch, caplog):
     (make, reason), model = CHANGES[change], mixer()
     made = make(model, monkeypatch)
     model = made if isinstance(made, MlpMixer | nn.Sequential) else model
@@ -106,7 +106,7 @@ def test_gives_the_plain_models_answer_and_says_why(change, monkeypatch, caplog)
 
 
 @pytest.mark.parametrize("hook", ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"])
-def test_a_hook_that_only_looks_makes_a_model_eager(hook):
+def test_a_read_only_hook_makes_a_model_eager(hook):
     model = mixer()
     registers = [getattr(module, f"register_{hook}") for module in model.modules()]  # the model's own among them
     for register in (*registers, getattr(every_module, f"register_module_{hook}")):
@@ -118,14 +118,14 @@ def test_a_hook_that_only_looks_makes_a_model_eager(hook):
 @pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["PyTorch's generator", "its own generator"])
 @pytest.mark.parametrize("initialisation", ["flax", "identity", "pytorch"])
 @pytest.mark.parametrize("forward", [TANH, STOCHASTIC_DEPTH], ids=["GELU's tanh form", "stochastic depth"])
-def test_sees_a_changed_block_behind_zero_weights_and_dropout(forward, initialisation, generator, monkeypatch):
+def test_detects_a_changed_block_behind_zero_weights_and_dropout(forward, initialisation, generator, monkeypatch):
     monkeypatch.setattr(MixerBlock, "forward", forward)
     model = mixer(initialisation=initialisation, generator=generator)
     assert accelerate(model, IMAGES) is model
 
 
 @pytest.mark.parametrize("forward", [SAME, TANH, lambda self, x: x @ torch.rand(3)], ids=["fused", "eager", "broken"])
-def test_leaves_the_model_and_the_generators_as_they_were(forward, monkeypatch):
+def test_leaves_the_model_and_the_generators_unchanged(forward, monkeypatch):
     monkeypatch.setattr(MixerBlock, "forward", forward)
     model = mixer(generator=torch.Generator())
     model.norm = nn.Sequential(model.norm, nn.Dropout(0.3), nn.BatchNorm1d(49))
@@ -151,7 +151,7 @@ def test_trains_what_is_written_in_forward(few, monkeypatch):
     assert [epoch["train_loss"] for epoch in record["history"]] == [epoch["train_loss"] for epoch in plain["history"]]
 
 
-def test_without_the_operator_the_eager_model(monkeypatch):
+def test_uses_the_eager_model_without_the_operator(monkeypatch):
     monkeypatch.setattr(fused, "_library", lambda: None)
     model, threads = mixer(), torch.get_num_threads()
     assert accelerate(model, IMAGES) is model

@@ -30,7 +30,7 @@ as_root = pytest.mark.skipif(not CAN_MOUNT, reason="only root may mount")
 
 
 def write_compiler(path, *lines):
-    """Write a shell script that notes its arguments in ``path.calls`` and then does as the lines say."""
+    """Write a shell script that logs its arguments in ``path.calls`` and then runs the lines."""
     path.write_text("\n".join(["#!/bin/sh", 'for target; do :; done; echo "$*" >> "$0.calls"', *lines, ""]))
     path.chmod(0o755)
     Path(f"{path}.calls").touch()
@@ -48,7 +48,7 @@ def compiler(tmp_path):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path, compiler):
-    """The empty cache of a process that has not asked for the library yet, and whose source is small."""
+    """An empty cache, before the library is first requested, with a small source file."""
     for name in ("temporary", "cache"):
         (tmp_path / name).mkdir()
     (tmp_path / "stub.cpp").write_text('extern "C" int answer() { return 42; }\n')
@@ -68,7 +68,7 @@ def ask_again():
 
 
 def start(*before):
-    """Start a process that asks for the library; ``before`` it may stand a command that runs it."""
+    """Start a process that requests the library; ``before``: a command that runs it."""
     command = [*before, sys.executable, "-c", OTHER_PROCESS, str(Path(build.__file__).parents[1]), str(build.SOURCE)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -93,7 +93,7 @@ def test_rebuilds_a_damaged_library(cache, compiler, content):
     assert len(calls(compiler)) == 2
 
 
-def test_rebuilds_when_what_decides_it_changes(cache, compiler, monkeypatch):
+def test_rebuilds_when_a_dependency_changes(cache, compiler, monkeypatch):
     changes = [
         lambda: monkeypatch.setenv("CXX", f"env {compiler}"),
         lambda: monkeypatch.setenv("CXX", f"env {compiler} -DA"),
@@ -110,7 +110,7 @@ def test_rebuilds_when_what_decides_it_changes(cache, compiler, monkeypatch):
 
 
 @pytest.mark.parametrize("cxx, logged", [("compiler", 0), ("no-compiler", 1)])
-def test_threads_that_ask_together_build_once(cache, compiler, monkeypatch, caplog, cxx, logged):
+def test_concurrent_threads_build_once(cache, compiler, monkeypatch, caplog, cxx, logged):
     monkeypatch.setenv("CXX", str(compiler.with_name(cxx)))
     with ThreadPoolExecutor(8, initializer=threading.Barrier(8).wait) as pool:
         libraries = set(pool.map(lambda _: build.library(), range(8)))

@@ -92,7 +92,7 @@ def test_drops_the_gradient_where_it_drops_the_value():
 
 @pytest.mark.parametrize("p", [1.0, 1.5, -0.1, math.nan])
 def test_rejects_what_is_no_probability_below_one(p):
-    with pytest.raises(ValueError, match="dropout_p is a probability below 1"):
+    with pytest.raises(ValueError, match="dropout_p must be at least 0 and below 1"):
         Dropout(p)
 
 

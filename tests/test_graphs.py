@@ -1,4 +1,4 @@
-"""The recorded step: what of it needs no GPU, and on one its answers against float64."""
+"""The recorded step: what can be tested without a GPU, and on a GPU its answers against float64."""
 
 import copy
 
@@ -20,14 +20,14 @@ IMAGES = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 
 
 def mixer(dropout_p=0.1, num_blocks=2) -> MlpMixer:
-    """A mixer with a head that is not zero, so that gradients reach the blocks."""
+    """A mixer with a non-zero head, so that gradients reach the blocks."""
     model = MlpMixer(num_blocks=num_blocks, dropout_p=dropout_p, generator=torch.Generator().manual_seed(1))
     nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(2))
     return model
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_a_block_is_one_graph_with_the_seeds_that_it_draws_itself(dropout_p):
+def test_a_block_is_one_graph_with_the_seeds_it_would_draw(dropout_p):
     alone, seeded = mixer(dropout_p), mixer(dropout_p)
     compiled = torch.compile(seeded_block, backend="eager", fullgraph=True)
     x = seeded.embed(IMAGES)

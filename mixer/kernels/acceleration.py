@@ -1,9 +1,9 @@
-"""The fast path, asked for and proven: ``fast = accelerate(model, images)``, like torch.compile.
+"""The fast path: ``fast = accelerate(model, images)``, used like torch.compile and checked before use.
 
-On the CPU all blocks run as one operator (``fused.py``), on CUDA a training step is recorded and replayed
-(``graphs.py``); both compute the mixer as model.py has it. Whether *this* model still is that, no list of possible
-changes could tell. So the two are run on a few images, and logits and every gradient are compared. Where they differ by
-more than rounding, the model itself is the answer.
+On the CPU all blocks run as one operator (``fused.py``); on CUDA a training step is recorded and replayed
+(``graphs.py``). Both compute the mixer of model.py, but the given model may have been changed, and no list of possible
+changes is complete. So model and fast path run on a few images, and their logits and all gradients are compared. If
+they differ by more than rounding, the model itself is used.
 """
 
 import copy
@@ -24,11 +24,11 @@ from mixer.kernels.dropout import Dropout
 from mixer.kernels.graphs import Graphed
 from mixer.model import MixerBlock, MlpMixer
 
-PROOF_IMAGES = 2  # of a batch, which are enough for every parameter to have a gradient
-# The fast path may be so many times as far from float64 as eager PyTorch is, and a rounding more. On CPUs both are at
-# 1e-6 and GELU's two forms 1e-4 apart, but in a deep network without skip connections both are at 1e-4.
+PROOF_IMAGES = 2  # of a batch; enough for every parameter to have a gradient
+# The fast path's error against float64 may be SLACK times eager PyTorch's, plus ROUNDING. On CPUs both errors are about
+# 1e-6 and GELU's two forms differ by 1e-4, but in a deep network without skip connections both errors are about 1e-4.
 SLACK, ROUNDING = 10, 1e-6
-REPEATED = 0.3  # a model further from itself in float64 is not repeated by its random numbers: bfloat16 is at 0.1
+REPEATED = 0.3  # a larger error means that the random numbers do not repeat the answer; bfloat16's is 0.1
 Forward = Callable[[Tensor], Tensor]
 States = dict[torch.Generator, Tensor]
 
@@ -37,7 +37,7 @@ log = logging.getLogger("mixer")
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a model: ``path`` is "fused", "graphs" or "eager", and then ``reason`` says why."""
+    """How a model is computed: ``path`` is "fused", "graphs" or "eager"; ``reason`` says why it is eager."""
 
     forward: Forward
     path: str
@@ -45,14 +45,14 @@ class Choice:
 
 
 def accelerate(model: nn.Module, images: Tensor) -> Forward:
-    """A callable that computes what ``model`` computes, sooner; the model itself where that cannot be had.
+    """Return a faster callable that computes the same as ``model``, or the model itself if there is none.
 
-    images: a batch as it will be given, normalised, on the model's device. Call this under the autocast that will be
-    used. A log line says why a model stays in eager PyTorch. Model, gradients and generators are left as they were.
+    images: a typical batch, normalised, on the model's device. Call this under the autocast context of the later calls.
+    A log line says why a model stays in eager PyTorch. Model, gradients and generators are left unchanged.
 
-    Accelerate again after changing the model, as with torch.compile. The comparison is in float32 on the CPU and does
-    not see what another precision does, nor chance that is not PyTorch's, nor what ``forward`` does beside its answer:
-    a print in it is only run here.
+    Accelerate again after changing the model, as with torch.compile. On the CPU the comparison runs in float32. It
+    misses effects of another precision, random numbers from outside PyTorch and side effects of ``forward``: a print
+    in it runs only during the comparison.
     """
     choice = choose(model, images)
     if choice.path == "eager":
@@ -61,7 +61,7 @@ def accelerate(model: nn.Module, images: Tensor) -> Forward:
 
 
 def choose(model: nn.Module, images: Tensor, before: Choice | None = None) -> Choice:
-    """As :func:`accelerate`, with the reason. ``before``: an earlier choice, whose CUDA graphs are kept."""
+    """Like :func:`accelerate`, with the reason. ``before``: an earlier choice, whose CUDA graphs are reused."""
     try:
         if images.device.type == "cuda":
             return _graphed(model, images, before)
@@ -73,17 +73,17 @@ def choose(model: nn.Module, images: Tensor, before: Choice | None = None) -> Ch
 
 
 class NotServed(Exception):
-    """Why a model has no fast path."""
+    """A model has no fast path, for the reason given."""
 
 
 class Fused:
-    """A mixer whose blocks are computed by the CPU's operator, under the autocast of the caller."""
+    """A mixer whose blocks run in the CPU operator, under the caller's autocast."""
 
     def __init__(self, model: MlpMixer):
         blocks = list(model.blocks)
         other = next((block.dropout for block in blocks if type(block.dropout) is not Dropout), None)
         if other is not None:
-            raise NotServed(f"the dropout of a block is another: {other}")
+            raise NotServed(f"a block has a different dropout: {other}")
         settings = {(b.skip_connections, b.gelu, b.dropout.p, b.dropout.generator, b.dropout.training) for b in blocks}
         if len(settings) != 1:
             raise NotServed("its blocks have different settings")
@@ -103,10 +103,10 @@ class Fused:
 def _fused(model: nn.Module, images: Tensor) -> Choice:
     _ask(model)
     if not fused.available(bfloat16=torch.is_autocast_enabled("cpu")):
-        raise NotServed("the fused operator is not available" if fused.WANTED else "MIXER_FUSED=0 asks for it")
+        raise NotServed("the fused operator is not available" if fused.WANTED else "MIXER_FUSED=0 is set")
     try:
         if model.num_channels != fused.CHANNELS:
-            raise NotServed(f"it has {model.num_channels} channels, and the fused operator serves {fused.CHANNELS}")
+            raise NotServed(f"it has {model.num_channels} channels, but the fused operator needs {fused.CHANNELS}")
         fast = Fused(model)
         with torch.autocast("cpu", enabled=False), fused.threads_for_the_operator():
             _compare(model, fast, images[:PROOF_IMAGES].float())
@@ -118,21 +118,21 @@ def _fused(model: nn.Module, images: Tensor) -> Choice:
 def _graphed(model: nn.Module, images: Tensor, before: Choice | None) -> Choice:
     _ask(model)
     if before is not None and isinstance(before.forward, Graphed) and before.forward.is_current():
-        return before  # an eager step takes as long as thirty recorded ones, so it is compared once
+        return before  # an eager step takes as long as thirty recorded ones, so compare only once
     fast = Graphed(model)
     try:
         _compare(model, fast, images)
     except NotServed:
         fast.forget()
         raise
-    except Exception as error:  # a missing compiler, an old GPU, a block that cannot be recorded: anything
+    except Exception as error:  # anything: no compiler, an old GPU, a block that cannot be recorded
         fast.forget()
         raise NotServed(f"its step could not be recorded ({type(error).__name__}: {_first_line(error)})") from None
     return Choice(fast, "graphs")
 
 
 def _ask(model: nn.Module) -> None:
-    """The two questions whose answers need not show in numbers: our classes, and no hooks, which have to be called."""
+    """Check what numbers may not show: the model has our classes, and no hooks, which would have to be called."""
     if type(model) is not MlpMixer:
         raise NotServed(f"{type(model).__name__} is not MlpMixer")
     other = next((block for block in model.blocks if type(block) is not MixerBlock), None)
@@ -153,10 +153,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _compare(model: nn.Module, fast: Forward, images: Tensor) -> None:
-    """Raise NotServed where logits, a gradient or the random numbers drawn differ, in training mode.
+    """Raise NotServed if logits, a gradient or the random numbers drawn differ in training mode.
 
-    Both are held against the model in float64: each answer of ``fast`` may be SLACK times as far from it as eager
-    PyTorch's, or as eager PyTorch's usually are.
+    The reference is the model in float64. The error of each of ``fast``'s answers may be SLACK times eager PyTorch's
+    for that answer, or SLACK times eager PyTorch's median error.
     """
     with _restored(model) as start, torch.inference_mode(False), torch.enable_grad():
         model.train()
@@ -166,16 +166,16 @@ def _compare(model: nn.Module, fast: Forward, images: Tensor) -> None:
         eager = _errors(_answers(model, model, images, start), truth)
         drawn = [generator.get_state() for generator in start]
         errors = _errors(_answers(model, fast, images, start), truth)
-        usual = statistics.median([error for error in eager if error] or [0.0])  # not those of frozen layers
+        usual = statistics.median([error for error in eager if error] or [0.0])  # without those of frozen layers
         if not usual <= REPEATED:
-            raise NotServed("its answers are not finite, or others each time")
+            raise NotServed("its answers are not finite, or differ from call to call")
         close = all(one <= SLACK * max(other, usual) + ROUNDING for one, other in zip(errors, eager, strict=True))
         if not close or not all(map(torch.equal, drawn, (generator.get_state() for generator in start))):
-            raise NotServed("it computes something else than the fast path")
+            raise NotServed("its answers differ from the fast path's")
 
 
 def _answers(model: nn.Module, forward: Forward, images: Tensor, start: States) -> list[Tensor | None]:
-    """Logits, and the gradients of all parameters, with the random numbers that follow ``start``."""
+    """Compute the logits and all parameters' gradients, with the generators reset to ``start``."""
     _rewind(start)
     logits = forward(images.clone())
     (logits * torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)).sum().backward()
@@ -186,7 +186,7 @@ def _answers(model: nn.Module, forward: Forward, images: Tensor, start: States) 
 
 
 def _errors(answers: list[Tensor | None], truth: list[Tensor | None]) -> list[float]:
-    """By the norm, relative to the answer; to a hundredth of all gradients, where that is more."""
+    """Norms of the errors, relative to the answer's norm or a hundredth of all gradients', whichever is larger."""
     least = max(math.hypot(*(float(gradient.norm()) for gradient in truth[1:] if gradient is not None)) / 100, 1e-30)
     return [_error(one, other, least) for one, other in zip(answers, truth, strict=True)]
 
@@ -204,9 +204,9 @@ def _rewind(states: States) -> None:
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[States]:
-    """Within it, the model may be trained. Gives the generators of the model, PyTorch's among them, as they are.
+    """Restore model and generators at the end; yields the states of the model's and PyTorch's generators.
 
-    What is zero, like the head at first, is random meanwhile: it would hide whatever lies behind it.
+    Meanwhile all-zero parameters, such as the initial head, are random, since they would hide everything before them.
     """
     tensors = [*chain(model.parameters(), model.buffers())]
     kept = [tensor.detach().clone() for tensor in tensors]
@@ -216,7 +216,7 @@ def _restored(model: nn.Module) -> Iterator[States]:
     start = {generator: generator.get_state() for generator in generators}
     try:
         for parameter in model.parameters():
-            parameter.grad = None  # what a training step has left would be added to
+            parameter.grad = None  # or the new gradient would be added to it
         with torch.no_grad():
             for parameter in model.parameters():
                 if not parameter.any():

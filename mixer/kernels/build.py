@@ -1,6 +1,6 @@
-"""Compiles ``fused.cpp`` on first use and keeps the library in ``$XDG_CACHE_HOME/mixer``, else ``~/.cache/mixer``.
+"""Compiles ``fused.cpp`` on first use and caches the library in ``$XDG_CACHE_HOME/mixer``, else ``~/.cache/mixer``.
 
-Its name says what decides it, so that it never goes stale. Where it cannot be kept, each process builds its own.
+Its name is a hash of everything it depends on, so it never goes stale. Without a cache, each process builds its own.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from mixer.system import files
 
 SOURCE = Path(__file__).with_name("fused.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", "-shared", "-fPIC", "-pthread")
-NATIVE = ("-march=native", "-mcpu=native")  # whichever the compiler knows
-PROCESSOR = ("flags", "Features", "vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # decide "native"
+NATIVE = ("-march=native", "-mcpu=native")  # the first that the compiler supports
+PROCESSOR = ("flags", "Features", "vendor_id", "cpu family", "model", "CPU implementer", "CPU part")  # for "native"
 log = logging.getLogger("mixer")
 _lock = threading.Lock()
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled ``fused.cpp``; None, and one log line with the reason, where it cannot be built."""
-    with _lock:  # threads that ask together build once
+    """Return the compiled ``fused.cpp``; if it cannot be built, None, and one log line with the reason."""
+    with _lock:  # concurrent threads build it once
         return _library_or_none()
 
 
@@ -60,7 +60,7 @@ def _library(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _cache() -> Path:
-    """The libraries' folder. Raises OSError where there can be none, or where others could choose what runs here."""
+    """Folder of the libraries. Raises OSError if it cannot be made, or if others could replace the code in it."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     cache = (base if base.is_absolute() else files.expand("~/.cache")) / "mixer"
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def _cache() -> Path:
 
 
 def _compiler() -> list[str]:
-    """The command: what CXX asks for, else the first compiler found."""
+    """The compiler's command: CXX if set, else the first compiler found."""
     words = shlex.split(os.environ.get("CXX", ""))
     programs = words[:1] or ["g++", "c++", "clang++"]
     for found in filter(None, map(shutil.which, programs)):
@@ -92,7 +92,7 @@ def _compile(compiler: list[str], target: Path) -> None:
     for native in NATIVE:
         command = [*compiler, *FLAGS, native, str(SOURCE), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode == 0 or native.partition("=")[0] not in done.stderr:  # only an unknown flag is replaced
+        if done.returncode == 0 or native.partition("=")[0] not in done.stderr:  # retry only if the flag is unknown
             break
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

@@ -1,8 +1,8 @@
-"""Dropout whose masks are the same on every device and by every path.
+"""Dropout with the same masks on every device and every path.
 
-A mask is a hash of each element's place and one seed, so it does not have to be stored for the backward pass, and
-``fused.cpp`` draws the very same. PyTorch's own dropout gives other masks on every device, and on a CPU takes longer
-than all the rest of a training step.
+A mask is a hash of each element's position and a seed. It need not be stored for the backward pass, and ``fused.cpp``
+draws the same one. PyTorch's own dropout gives different masks on each device, and on a CPU it takes longer than the
+rest of a training step.
 """
 
 import math
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014): in training, an element is 0 with probability ``p``, else times 1 / (1 - p).
+    """Dropout (Srivastava et al. 2014): in training, sets elements to 0 with probability ``p``, scales the rest.
 
-    Every call draws one seed from ``generator``, a generator of the CPU whatever the model's device; from PyTorch's
-    default one when it is None. ``p`` counts in steps of 1/65536. Raises ValueError when it is no probability below 1.
+    Every call draws one seed from ``generator``, which is on the CPU whatever the model's device. If it is None,
+    PyTorch's default generator is used. ``p`` is rounded to steps of 1/65536. Raises ValueError for p outside [0, 1).
     """
 
-    drawn: list[Tensor] | tuple[()] = ()  # seeds of the next calls, on the device, where somebody has drawn them ahead
+    drawn: list[Tensor] | tuple[()] = ()  # seeds of the next calls, on the device, if drawn in advance
 
     def __init__(self, p: float, generator: torch.Generator | None = None):
         super().__init__()
         if not 0.0 <= p < 1.0:
-            raise ValueError(f"dropout_p is a probability below 1, not {p}")
+            raise ValueError(f"dropout_p must be at least 0 and below 1, not {p}")
         self.p = float(p)
         self.generator = generator
 
@@ -32,7 +32,7 @@ class Dropout(nn.Module):
         return self.training and self.p > 0
 
     def seeds(self, *shape: int) -> Tensor:
-        """The seeds of the next calls, int64, on the CPU: ``seeds(n)`` are those of n times ``seeds()``."""
+        """Draw the seeds of the next calls, int64, on the CPU: ``seeds(n)`` equals n calls of ``seeds()``."""
         return torch.randint(2**62, shape, generator=self.generator, device="cpu")
 
     def forward(self, y: Tensor) -> Tensor:
@@ -46,10 +46,10 @@ class Dropout(nn.Module):
 
 
 def dropout_scale(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
-    """What dropout multiplies with: 0 with probability p, else 1 / (1 - p), float32 of the given shape.
+    """Return dropout's factors: 0 with probability p, else 1 / (1 - p), float32 of the given shape.
 
-    ``seed``: int64, without dimensions, on the device of the result. A counter-based generator: two elements share a
-    32-bit word, which mixes the sum of a hash of the row and a hash of the column.
+    ``seed``: an int64 scalar tensor on the result's device. This is a counter-based generator: two elements share a
+    32-bit word, which mixes the sum of a row hash and a column hash.
     """
     key = seed
     for _ in range(2):
@@ -64,7 +64,7 @@ def dropout_scale(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Of 65536 random numbers, how many drop an element."""
+    """Number of the 65536 random values that drop an element."""
     return min(round(p * 65536), 65535)
 
 
@@ -79,10 +79,10 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _shr(word: Tensor, bits: int, width: int = 32) -> Tensor:
-    """A logical shift right of words that PyTorch keeps as signed."""
+    """Shift right logically, although PyTorch's words are signed."""
     return (word >> bits) & ((1 << (width - bits)) - 1)
 
 
 def _signed(factor: int, width: int = 64) -> int:
-    """The signed number of the same bits, with which PyTorch's product has the same low bits."""
+    """Reinterpret as signed; PyTorch's product then has the same low bits."""
     return factor - (1 << width) if factor >> (width - 1) else factor

@@ -1,18 +1,18 @@
-// The halves of the mixer's blocks, X + drop(W2 drop(gelu(W1 LayerNorm(X) + b1)) + b2), forward and backward,
-// with or without the X +.
+// The two halves of each mixer block, X + drop(W2 drop(gelu(W1 LayerNorm(X) + b1)) + b2), forward and backward,
+// with or without the skip connection (X +).
 //
 // The rows (an image's channels in token mixing, a batch's patches in channel mixing) are cut into tiles of R rows,
-// the hidden layer into blocks of BLOCK units, and a block of a tile's hidden layer never leaves the core's
-// caches: forward makes it, uses it up and forgets it; backward makes it again. Hidden units lie in the vector
-// lanes, so that every product below is the same small kernel,
+// and the hidden layer into blocks of BLOCK units. One block of a tile's hidden layer never leaves the core's
+// caches: forward computes, uses and discards it; backward recomputes it. Hidden units lie in the vector lanes, so
+// that every product below is the same small kernel,
 //
 //     C[m][lanes] += Σ_w A[m][w] · B[w][lanes],
 //
-// where a word w of 32 bits is one float, or a pair of bfloat16 that vdpbf16ps multiplies and adds at once.
-// The dropout masks are hashes of position and seed, so backward draws the forward's masks anew.
+// where a 32-bit word w is one float, or a pair of bfloat16 that vdpbf16ps multiplies and adds at once.
+// Dropout masks are hashes of position and seed, so backward recomputes forward's masks.
 //
-// Determinism: the batch is cut into SLICES parts, whatever the number of threads; each has its own sums of the
-// weight gradients, and these are added in the order of the slices.
+// Determinism: the batch is cut into SLICES parts, whatever the number of threads. Each part has its own sums of
+// the weight gradients, which are then added in the order of the parts.
 
 #include <algorithm>
 #include <atomic>
@@ -43,13 +43,13 @@ constexpr int V = 8, ROWS = 4;
 #else
 constexpr int V = 4, ROWS = 4;
 #endif
-constexpr int HALF = ROWS / 2;  // rows of two register tiles at once
+constexpr int HALF = ROWS / 2;  // rows per tile when two tiles share the registers
 constexpr int TALL = 2 * ROWS;  // rows of a register tile one vector wide
 constexpr int C = 16;           // channels of the residual stream
 constexpr int R = 128;          // rows in a tile
 constexpr int BLOCK = 2 * V;    // hidden units in a block
-constexpr int GROUP = 8;        // blocks that share one product along the units: its sums go through memory
-constexpr int SLICES = 8;       // parts of a batch, and so the most threads that have work
+constexpr int GROUP = 8;        // blocks that share one product along the units, since its sums go through memory
+constexpr int SLICES = 8;       // parts of a batch, and so the maximum number of busy threads
 
 typedef float Vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * V), aligned(4), may_alias));
@@ -68,10 +68,10 @@ inline float sum(Vec v) {
 
 // ---------------------------------------------------------------- dropout
 
-// dropout.py's dropout_scale: a word of two random 16-bit numbers from the sum of a row's and a column's hash.
+// As dropout_scale in dropout.py: a word of two random 16-bit numbers from the sum of a row hash and a column hash.
 struct Dropout {
-    Word threshold, low, high;  // of 65536; the key
-    float scale;                // of what is kept
+    Word threshold, low, high;  // threshold out of 65536; the key's halves
+    float scale;                // of the elements kept
 
     Dropout(int threshold, int64_t seed) : threshold(threshold), scale(65536.f / (65536 - threshold)) {
         uint64_t key = uint64_t(seed);
@@ -94,10 +94,10 @@ struct Dropout {
 
 // ---------------------------------------------------------------- the two precisions
 
-struct KeepAll {};  // stands for a mask where nothing is dropped
+struct KeepAll {};  // a mask that drops nothing
 
-// A precision says what a word is, how to make words, and how to compute GELU. It computes F(ZS·z) = FS·gelu(z), of
-// which the derivative is DS·gelu'(z), where the factors are for it to choose: they go into the packed weights.
+// A precision defines words, how to make them, and how to compute GELU. It computes F(ZS·z) = FS·gelu(z), with the
+// derivative DS·gelu'(z). It may choose the factors, which are absorbed into the packed weights.
 struct Float32 {
     static constexpr int PAIR = 1;  // elements in a word
     static constexpr float ZS = 1, FS = 1, DS = 1;
@@ -129,7 +129,7 @@ struct Float32 {
         for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) p = p * r + c;
         return (Vec)((Bits)p + exponent);
     }
-    // erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7), or the approximation by tanh, z·sigmoid(2w) with
+    // erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7), or the tanh approximation, z·sigmoid(2w) with
     // w = √(2/π)·(z + 0.044715 z³). Both need one exp.
     struct Gelu {
         bool tanh;
@@ -146,7 +146,7 @@ struct Float32 {
             Vec u = z < 0.f ? -z : z;
             Vec e = exp(-0.5f * u * u);
             Vec t = 1.f / (1.f + (0.3275911f * 0.70710678f) * u);
-            Vec tail = broadcast(0.5f * 1.061405429f);  // to be Φ(-u)
+            Vec tail = broadcast(0.5f * 1.061405429f);  // becomes Φ(-u)
             for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) tail = tail * t + 0.5f * c;
             tail = tail * t * e;
             Vec phi = z < 0.f ? tail : 1.f - tail;
@@ -155,7 +155,7 @@ struct Float32 {
         }
         static Vec w2_slope(Vec square) { return (2 * 0.79788456f) * (1.f + (3 * 0.044715f) * square); }
     };
-    // Which of BLOCK elements of a row, two a column, dropout keeps.
+    // Which of BLOCK elements of a row dropout keeps, with two elements per column word.
     struct Keep {
         Bits half[2];
     };
@@ -171,7 +171,7 @@ struct Float32 {
     static Vec select(Vec v, Keep k, int half) { return (Vec)((Bits)v & k.half[half]); }
     static Vec add(Vec sum, Vec v, Keep k, int half) { return sum + select(v, k, half); }
     static Vec add(Vec sum, Vec v, KeepAll, int) { return sum + v; }
-    // BLOCK hidden units of a row as words along the units, and of two rows as words along the rows.
+    // BLOCK hidden units: of one row as words along the units, or of two rows as words along the rows.
     struct Packed {
         Vec half[2];
     };
@@ -182,9 +182,9 @@ struct Float32 {
 };
 
 #if defined(__AVX512BF16__)
-// F(u) = 2s·gelu(u/s) = u + |u|·erf(|u| / (s·√2)): an even function added to u, by 32 parabolas of width 1/16 in
-// |u|, the last of which is |u| itself. s = 7/16 makes it begin at |z| = 4.36, where gelu(-z) is 3e-5. Or, instead of
-// erf(z/√2), its approximation tanh(√(2/π)·(z + 0.044715 z³)).
+// F(u) = 2s·gelu(u/s) = u + |u|·erf(|u| / (s·√2)): u plus an even function, made of 32 parabolas of width 1/16 in
+// |u|. The last one is |u| itself; with s = 7/16 it starts at |z| = 4.36, where gelu(-z) is 3e-5. The tanh form has
+// tanh(√(2/π)·(z + 0.044715 z³)) in place of erf(z/√2).
 struct alignas(64) GeluTable {
     float c[3][32];
     GeluTable(bool tanh) {
@@ -194,7 +194,7 @@ struct alignas(64) GeluTable {
             return u * (tanh ? std::tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
                              : std::erf(u / (s * std::sqrt(2.))));
         };
-        for (int i = 0; i < 32; i++) {  // through three Chebyshev points of the piece
+        for (int i = 0; i < 32; i++) {  // through the piece's three Chebyshev points
             double x[3], d[3];
             for (int j = 0; j < 3; j++) x[j] = width * (i + (j - 1) * std::sqrt(3.) / 4), d[j] = f(x[j]);
             double d01 = (d[1] - d[0]) / (x[1] - x[0]), d12 = (d[2] - d[1]) / (x[2] - x[1]);
@@ -214,10 +214,10 @@ struct Bfloat16 {
         return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
     }
     static Vec dot(Vec sum, Vec a, Vec b) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-    static Word round(float x) {  // to the nearest bfloat16, of ties to the even one
+    static Word round(float x) {  // to the nearest bfloat16, ties to even
         Word w;
         memcpy(&w, &x, 4);
-        if (x != x) return w >> 16 | 0x40;  // what is no number stays none
+        if (x != x) return w >> 16 | 0x40;  // NaN stays NaN
         return (w + 0x7FFF + ((w >> 16) & 1)) >> 16;
     }
     static Word word(float a, float b) { return round(a) | round(b) << 16; }
@@ -226,7 +226,7 @@ struct Bfloat16 {
         const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
         return (Vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
     }
-    // Up to 16 elements as words; an odd one is paired with the zero that follows it.
+    // Up to 16 elements as words; an odd last one is paired with the zero after it.
     static void put(Word* to, const float* from, int count) {
         const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)load(from));
         if (count == C) return _mm256_storeu_si256((__m256i*)to, packed);
@@ -234,7 +234,7 @@ struct Bfloat16 {
     }
 
     struct Gelu {
-        Vec table[6];  // a copy, which the compiler can keep in registers
+        Vec table[6];  // a copy that the compiler can keep in registers
         explicit Gelu(bool tanh) {
             for (int i = 0; i < 6; i++) table[i] = load(gelu_tables[tanh].c[0] + i * V);
         }
@@ -244,7 +244,7 @@ struct Bfloat16 {
         void operator()(Vec z, Vec* f, Vec* derivative) const {
             const Bits sign = Bits{} + 0x80000000u;
             const Vec u = (Vec)((Bits)z & ~sign);
-            // 1.5 · 2^19 has steps of 1/16, so its low bits count the pieces.
+            // 1.5 · 2^19 has steps of 1/16, so the low bits of the sum number the piece.
             const __m512i i = (__m512i)_mm512_min_ps((__m512)(u + 786432.f), _mm512_set1_ps(786432.f + 31.f / 16));
             const Vec c2 = look_up(table[4], i, table[5]), t = look_up(table[2], i, table[3]) + c2 * u;
             *f = (look_up(table[0], i, table[1]) + t * u) + z;
@@ -265,7 +265,7 @@ struct Bfloat16 {
     static Packed pack(Vec a, Vec b, Keep k) { return (__m512i)_mm512_maskz_cvtne2ps_pbh(k, (__m512)b, (__m512)a); }
     static Packed pack(Vec a, Vec b, KeepAll) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a); }
     static void store_units(Word* to, Packed p) { store(to, (Vec)p); }
-    // Unpacking interleaves within 128 bits, so the units end up in an order of their own; lane_of knows it.
+    // Unpacking interleaves within 128 bits and so permutes the units; lane_of gives their order.
     static void store_rows(Word* to, Packed p, Packed q) {
         store(to, (Vec)_mm512_unpacklo_epi16(p, q)), store(to + V, (Vec)_mm512_unpackhi_epi16(p, q));
     }
@@ -275,7 +275,7 @@ struct Bfloat16 {
 
 // ---------------------------------------------------------------- products
 
-// What sums start from, and how far apart its rows are: zeros, or the sums so far.
+// Initial values of sums and their row stride: zeros, or the sums so far.
 struct Start {
     const float* from;
     int64_t stride;
@@ -284,7 +284,7 @@ alignas(64) const float zeros[3 * V] = {};
 
 template <class P, int AS, int M, int N>
 inline void tile(const Word* a, const Word* b, int64_t bs, int words, float* c, int64_t cs, Start start) {
-    if (words <= 0) __builtin_unreachable();  // or GCC takes the sums through memory on their way into the loop
+    if (words <= 0) __builtin_unreachable();  // otherwise GCC passes the sums through memory before the loop
     Vec acc[M][N];
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++) acc[m][n] = load(start.from + m * start.stride + n * V);
@@ -298,7 +298,7 @@ inline void tile(const Word* a, const Word* b, int64_t bs, int words, float* c, 
         for (int n = 0; n < N; n++) store(c + m * cs + n * V, acc[m][n]);
 }
 
-// The same for up to M rows; without `add`, the sums start from zero.
+// The same for up to M rows; without `add`, sums start from zero.
 template <class P, int AS, int M, int N>
 void tile_of(int rows, const Word* a, const Word* b, int64_t bs, int words, float* c, int64_t cs, bool add) {
     if constexpr (M > 0) {
@@ -307,8 +307,8 @@ void tile_of(int rows, const Word* a, const Word* b, int64_t bs, int words, floa
     }
 }
 
-// C (rows × vectors · V), or zero, += A (rows × words) · B (words × vectors · V), cut into register tiles. The rows of
-// A are AS words apart, which is a constant so that the compiler can address them all from one register.
+// C (rows × vectors · V) += A (rows × words) · B (words × vectors · V), or = without `add`, in register tiles. The row
+// stride AS of A is a constant, so that the compiler can address all rows from one register.
 template <class P, int AS>
 void add_product(const Word* a, const Word* b, int64_t bs, int words, float* c, int64_t cs, int rows, int vectors,
                  bool add = true) {
@@ -328,16 +328,16 @@ void add_product(const Word* a, const Word* b, int64_t bs, int words, float* c, 
 
 // ---------------------------------------------------------------- threads
 
-// A pool of threads. Those that have nothing to do stay awake for the microseconds between two steps of a chain, then
-// sleep. (GNU OpenMP's would spin for long, and slow down whoever else needs the core.)
+// A thread pool. Idle threads stay awake for the microseconds between two steps of a chain, then sleep. (GNU OpenMP's
+// threads would spin for long and slow down any other process that needs the core.)
 class Pool {
-    static constexpr int LINGER = 2000;  // looks: about 30 µs
+    static constexpr int LINGER = 2000;  // polls, about 30 µs
 
     std::mutex mutex;
     std::condition_variable wake, done;
     const std::function<void(int)>* job = nullptr;
     int count = 0, next = 0, running = 0, wanted = 0, started = 0;
-    std::atomic<unsigned> turn{0};  // changes when a job begins and when it ends
+    std::atomic<unsigned> turn{0};  // changes when a job starts and when it ends
 
     void work(std::unique_lock<std::mutex>& lock) {
         while (next < count) {
@@ -381,7 +381,7 @@ class Pool {
         wanted = std::min(threads, n) - 1;
         try {
             for (; started < wanted; started++) std::thread(&Pool::serve, this, started).detach();
-        } catch (const std::system_error&) {  // no more threads to be had: those that there are do the work
+        } catch (const std::system_error&) {  // no more threads available: use those already started
         }
         job = &f, count = n, next = 0, turn++;
         wake.notify_all();
@@ -393,7 +393,7 @@ class Pool {
 
 void parallel(int n, int threads, const std::function<void(int)>& f) {
     static Pool* pool = new Pool;  // never deleted: its threads may outlive main
-    if (pool->owner != getpid()) pool = new Pool;  // a fork takes no threads along
+    if (pool->owner != getpid()) pool = new Pool;  // a forked child has no threads
     pool->run(n, threads, f);
 }
 
@@ -428,7 +428,7 @@ struct alignas(64) Square {
     }
 };
 
-// LayerNorm of a square [channel][position] in place, without its affine part.
+// LayerNorm of a square [channel][position], in place, without the affine part.
 struct Norm {
     alignas(64) float scale[C];
 
@@ -453,13 +453,13 @@ struct Norm {
 
 struct Call {
     const float *x, *gamma, *beta, *w1, *b1, *w2, *b2, *grad;
-    float *out, *d_gamma, *d_beta, *d_w1, *d_b1, *d_w2, *d_b2;  // out, which is d_x backward, may be x or grad
-    const int64_t* seeds;  // of the hidden layer's dropout and of the outputs'
+    float *out, *d_gamma, *d_beta, *d_w1, *d_b1, *d_w2, *d_b2;  // out (in backward, d_x) may alias x or grad
+    const int64_t* seeds;  // of the dropout on the hidden layer and on the outputs
     int64_t batch, patches, hidden;
     int32_t over_patches, threshold, skip, tanh, threads;
 };
 
-// Memory for good: pieces of large blocks in huge pages, which spare the processor its look-ups of many small ones.
+// Memory that is never freed, cut from large blocks in huge pages, which save the processor page look-ups.
 void* allocate(size_t bytes) {
     static std::mutex mutex;
     static char* block = nullptr;
@@ -479,7 +479,7 @@ void* allocate(size_t bytes) {
     return (block += bytes) - bytes;
 }
 
-// Kept from call to call. It grows with the model's sizes, not with the batch, so hardly ever.
+// Kept from call to call. It grows with the model's sizes, not with the batch, so it rarely grows.
 template <class T>
 struct Buffer {
     T* data = nullptr;
@@ -487,34 +487,34 @@ struct Buffer {
 
     void reserve(size_t size) {
         if (size <= capacity) return;
-        size = std::max(size, capacity + capacity / 2);  // what is outgrown is not given back
+        size = std::max(size, capacity + capacity / 2);  // the old memory is not freed
         data = static_cast<T*>(allocate(size * sizeof(T)));
         capacity = size;
     }
     void clear(size_t size) {
-        if (size) std::memset(data, 0, size * sizeof(T));  // of nothing there is no pointer
+        if (size) std::memset(data, 0, size * sizeof(T));  // an empty buffer has no pointer
     }
     T& operator[](int64_t i) const { return data[i]; }
 };
 
-// Weights as words, scaled. in_units, out_units [block][word of features][unit]: for products along the features;
-// along [block][word of units][feature], rest [block][feature][word of units]: for products along the units.
+// Scaled weights as words. For products along the features: in_units, out_units [block][word of features][unit]. For
+// products along the units: along [block][word of units][feature], rest [block][feature][word of units].
 struct Weights {
     Buffer<Word> in_units, out_units, along, rest;
     Buffer<float> bias;
-    Buffer<Word> columns;  // of the hidden layer's dropout
+    Buffer<Word> columns;  // column hashes of the hidden layer's dropout
 } weights;
 
-// What one slice needs: the sums of its weight gradients and a tile's data.
+// The data of one slice: sums of its weight gradients, and one tile's buffers.
 struct Slice {
-    Buffer<float> w1, w2, b1, b2;  // sums: [block][feature][lane], the same, [unit], [feature]
+    Buffer<float> w1, w2, b1, b2;  // sums: [block][feature][lane] for w1 and w2, [unit], [feature]
     Word drop_rows[R];
     alignas(64) float gamma[C][C], beta[C][C];  // sums: [channel][position modulo C]
     Buffer<Word> x_rows, g_rows;          // [row][word of features]
     Buffer<Word> x_features, g_features;  // [feature][word of rows]
     Buffer<Word> h_rows, d_rows;          // a block of the hidden layer and of its gradient: [word of rows][lane]
-    Buffer<Word> h_units, d_units;        // of GROUP blocks: [row][word of units]
-    Buffer<float> y, y_rest;              // the product along the units: [row][feature], [feature][row][partial sum]
+    Buffer<Word> h_units, d_units;        // the same for GROUP blocks: [row][word of units]
+    Buffer<float> y, y_rest;              // product along the units: [row][feature], [feature][row][partial sum]
 } slices[SLICES];
 
 template <class P>
@@ -524,14 +524,14 @@ class Mixing {
     const Call& call;
     const bool backward, tokens;
     const int64_t positions;
-    const int features, words;  // of a row: patches or channels
+    const int features, words;  // of a row: its patches or channels
     const int blocks;           // of the hidden layer
-    const int vectors, rest;    // features = vectors · V + rest; a large rest makes another vector
+    const int vectors, rest;    // features = vectors · V + rest; a large rest becomes another vector
     const int wide;             // vectors · V
     const int groups, group;    // a tile has `groups` images of `group` patches, or one group of R positions
     const int tiles, parts;     // parts: the slices in use
     const Dropout drop_hidden, drop_out;
-    Word drop_columns[C / 2];  // of the outputs
+    Word drop_columns[C / 2];  // column hashes of the outputs' dropout
 
    public:
     Mixing(const Call& call, bool backward)
@@ -628,8 +628,8 @@ class Mixing {
         std::memset(s.gamma, 0, sizeof s.gamma), std::memset(s.beta, 0, sizeof s.beta);
     }
 
-    // Calls f(first position, first feature or row within the group, group, how many positions are there) for every
-    // square of a tile, those beyond the end of the batch included.
+    // Calls f(first position, first feature or row within the group, group, number of existing positions) for every
+    // square of a tile, including those beyond the end of the batch.
     template <class F>
     void squares(int t, F f) const {
         for (int g = 0; g < groups; g++) {
@@ -644,7 +644,7 @@ class Mixing {
         std::memset(to.v + count, 0, (C - count) * sizeof to.v[0]);
     }
 
-    // to = from + y, or without the skip connection y
+    // to = from + y, or to = y without the skip connection
     void put(float* to, const float* from, const Square& y, int64_t position, int count) const {
         for (int j = 0; j < count; j++)
             for (int c = 0; c < C; c += V) {
@@ -660,13 +660,13 @@ class Mixing {
         }
     }
 
-    // Words along the channels, from [position][channel]: rows of channel mixing, features of token mixing.
+    // Store words along the channels, from [position][channel]: rows in channel mixing, features in token mixing.
     void put_channels(const Square& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
         Word* to = tokens ? &features[i * RW + g * CW] : &rows[i * CW];
         const int stride = tokens ? RW : CW, count = std::min(C, group - i);
         for (int j = 0; j < count; j++) P::put(to + j * stride, from.v[j], C);
     }
-    // Words along the positions, from [channel][position].
+    // Store words along the positions, from [channel][position].
     void put_positions(const Square& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
         Word* to = (tokens ? &rows[g * C * words] : features.data) + i / PAIR;
         const int stride = tokens ? words : RW, count = std::min(C, group - i);
@@ -689,7 +689,7 @@ class Mixing {
         });
     }
 
-    // The product along the units for a square: [channel][position] in token mixing, else [position][channel].
+    // Read a square of the product along the units: [channel][position] in token mixing, else [position][channel].
     void get(Square& to, int i, int g, const Slice& s) const {
         const int first = tokens ? i : 0, row = tokens ? g * C : i;
         for (int a = 0; a < C; a++) {
@@ -702,7 +702,7 @@ class Mixing {
         }
     }
 
-    // y += units · along, for the group of blocks that ends with this one.
+    // y += units · along, for the group of blocks that ends with this block.
     void add_along_units(int block, const Word* units, Slice& s) const {
         if (block % GROUP < GROUP - 1 && block < blocks - 1) return;
         const int first = block / GROUP * GROUP, along = (block + 1 - first) * BW;
@@ -719,7 +719,7 @@ class Mixing {
                 for (int m = 0; m < TALL; m++) store(to + m * V, sums[m]);
             }
     }
-    // Before and after the blocks of a tile.
+    // Before and after a tile's blocks.
     void begin(int t, Slice& s) const {
         s.y.clear(R * wide), s.y_rest.clear(rest * R * V);
         for (int row = 0; row < R; row++) s.drop_rows[row] = drop_hidden.row(int64_t(t) * R + row);
@@ -728,13 +728,13 @@ class Mixing {
         for (int i = 0; i < rest * R; i++) s.y_rest[i * V] = sum(load(&s.y_rest[i * V]));
     }
 
-    // Which of a block's hidden units a row keeps (the scale is in the weights).
+    // Which of a block's hidden units dropout keeps in a row (the weights include its scale).
     template <bool DROP>
     auto kept(const Slice& s, int row, int block) const {
         if constexpr (!DROP) return KeepAll{};
         else return P::keep(drop_hidden.threshold, s.drop_rows[row], &weights.columns[block * BLOCK / 2]);
     }
-    // The outputs of 16 positions, [position][channel], dropped out.
+    // Apply dropout to the outputs of 16 positions, [position][channel].
     void drop_outputs(Square& y, int64_t position) const {
         if (!drop_out.threshold) return;
         Word sums[C][C / 2];
@@ -756,7 +756,7 @@ class Mixing {
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
             for (int row = 0; row < R; row += ROWS) {
-                Vec z[ROWS][2];  // stays in registers from the product to GELU's end: stores of 512 bits are slow
+                Vec z[ROWS][2];  // stays in registers from product to GELU, since 512-bit stores are slow
                 for (int m = 0; m < ROWS; m++)
                     for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]);
                 const Word *x = &s.x_rows[row * words], *in = &weights.in_units[block * words * int64_t(BLOCK)];
@@ -851,7 +851,7 @@ class Mixing {
             add_along_units(block, s.d_units.data, s);
         }
         finish(s);
-        squares(t, [&](int64_t position, int i, int g, int count) {  // LayerNorm's backward pass, and the residual
+        squares(t, [&](int64_t position, int i, int g, int count) {  // backward pass of LayerNorm and skip connection
             Square x, d;
             read(x, call.x, position, count);
             x.transpose();
@@ -911,7 +911,7 @@ class Mixing {
 };
 
 std::mutex one_call;  // the buffers are shared
-// A child that is forked in the midst of a call would wait for one that it does not have.
+// A child forked during a call would wait for ever for the lock of a thread that it lacks.
 const int at_fork = pthread_atfork([] { one_call.lock(); }, [] { one_call.unlock(); }, [] { one_call.unlock(); });
 
 }  // namespace
@@ -924,7 +924,7 @@ extern "C" int mixing_has_bfloat16() {
 #endif
 }
 
-// gelu and its derivative, as a tile computes them: for the tests. `count` is a multiple of V.
+// For the tests: GELU and its derivative as a tile computes them. `count` is a multiple of V.
 template <class P>
 void gelu(const float* z, float* value, float* derivative, int64_t count, bool tanh) {
     const typename P::Gelu gelu(tanh);
@@ -942,8 +942,8 @@ extern "C" void mixing_gelu(const float* z, float* value, float* derivative, int
     gelu<Float32>(z, value, derivative, count, tanh);
 }
 
-// What fused.py passes: the mixings of all blocks, one after the other, along the patches and along the channels in
-// turns. Each has six parameters, in the order of Call, a hidden width and two seeds.
+// The arguments from fused.py: the mixings of all blocks in order, alternating between patches and channels. Each has
+// six parameters, in the order of Call, a hidden width and two seeds.
 struct Chain {
     const float* x;
     const float* const* parameters;
@@ -965,7 +965,7 @@ struct Chain {
     }
 };
 
-// stream: where the outputs of all mixings but the last are kept, or null.
+// stream: receives the outputs of all mixings but the last; may be null.
 extern "C" void mixing_forward(const Chain* chain, float* stream, float* out) {
     std::lock_guard<std::mutex> lock(one_call);
     const float* from = chain->x;

@@ -1,4 +1,4 @@
-"""The binding of ``fused.cpp``: all blocks of a mixer, forward and backward, as one operator of the CPU.
+"""PyTorch binding of ``fused.cpp``: all blocks of a mixer, forward and backward, as one CPU operator.
 
 ``MIXER_FUSED=0`` in the environment switches it off.
 """
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from mixer.kernels import build
 from mixer.kernels.dropout import threshold
 
-CHANNELS = 16  # of the residual stream: what fused.cpp is written for
-EPS = 1e-6  # of its LayerNorms
-PARAMETERS = 12  # of a block
+CHANNELS = 16  # of the residual stream; fused.cpp supports no other number
+EPS = 1e-6  # of fused.cpp's LayerNorms
+PARAMETERS = 12  # per block
 _LAYERS = ("patches_norm", "patches_in", "patches_out", "channels_norm", "channels_in", "channels_out")
 WANTED = os.environ.get("MIXER_FUSED", "1") != "0"
 
 
 def parameters_of(blocks: Sequence[nn.Module]) -> list[Tensor]:
-    """The blocks' parameters in the operator's order, PARAMETERS a block: weight and bias of each layer.
+    """List the blocks' parameters in the operator's order: weight and bias of each layer, PARAMETERS per block.
 
-    Raises ValueError, which names a layer that the operator cannot read.
+    Raises ValueError naming a layer that the operator does not support.
     """
     parameters = []
     for number, block in enumerate(blocks):
@@ -48,15 +48,15 @@ def parameters_of(blocks: Sequence[nn.Module]) -> list[Tensor]:
 def fused_blocks(
     x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip: bool = True, gelu: str = "exact"
 ) -> Tensor:
-    """All blocks: (B, S, 16) -> (B, S, 16), float32 on the CPU, with first derivatives.
+    """Compute all blocks: (B, S, 16) -> (B, S, 16), float32 on the CPU, with first derivatives.
 
-    ``parameters``: as :func:`parameters_of` gives them. ``p``: dropout's probability, 0 outside training; ``seeds``,
-    int64 (blocks, 4), draw the masks, the same as in ``MixerBlock``. ``bfloat16`` multiplies in bfloat16 and adds in
-    float32: GELU is then within 1e-4, the gradients of each MLP within 1 % (relative error of the norm); otherwise
-    within 1e-6, and gradients within 1e-5. ``gelu``: "exact" or "tanh".
+    ``parameters``: from :func:`parameters_of`. ``p``: dropout probability, 0 outside training. ``seeds``: int64
+    (blocks, 4), for the same masks as in ``MixerBlock``. ``gelu``: "exact" or "tanh". ``bfloat16``: multiply in
+    bfloat16 and add in float32. GELU is then within 1e-4 and each MLP's gradients within 1 % (relative error of the
+    norm); in float32, within 1e-6 and 1e-5.
 
-    Output and gradients are the same bit for bit on any number of threads. Raises ValueError for tensors that do not
-    fit together or are too large, RuntimeError where the operator is not available.
+    Output and gradients are bit-identical on any number of threads. Raises ValueError for tensors that do not fit
+    together or are too large, RuntimeError if the operator is not available.
     """
     check(x, parameters, seeds)
     if not available(bfloat16):
@@ -65,10 +65,10 @@ def fused_blocks(
 
 
 def check(x: Tensor, parameters: list[Tensor], seeds: Tensor) -> None:
-    """Raise ValueError unless every tensor is what the compiled code takes it for."""
+    """Raise ValueError unless all tensors have the shape and type that the compiled code assumes."""
     count, rest = divmod(len(parameters), PARAMETERS)
     if rest or not count:
-        raise ValueError(f"a block has {PARAMETERS} parameters, and {len(parameters)} are those of no number of blocks")
+        raise ValueError(f"each block has {PARAMETERS} parameters, so {len(parameters)} do not make up whole blocks")
     if seeds.dtype is not torch.int64 or seeds.shape != (count, 4) or not seeds.is_cpu:
         raise ValueError(f"seeds have to be int64 ({count}, 4) on the CPU, not {seeds.dtype} {tuple(seeds.shape)}")
     for tensor in (x, *parameters):
@@ -81,18 +81,18 @@ def check(x: Tensor, parameters: list[Tensor], seeds: Tensor) -> None:
         size, hidden = CHANNELS if i % PARAMETERS else x.shape[1], shapes[2][0]
         if shapes != [(CHANNELS,), (CHANNELS,), (hidden, size), (hidden,), (size, hidden), (size,)]:
             raise ValueError(f"the parameters of an MLP do not fit {size} features: {shapes}")
-        # Counts in fused.cpp, and the rows that dropout numbers, have 32 bits.
+        # Counts in fused.cpp and dropout's row numbers have 32 bits.
         if max(size, CHANNELS) * max(hidden, 128) >= 2**30 or max(size, CHANNELS) * x.shape[0] >= 2**31:
             raise ValueError(f"{tuple(x.shape)} with {hidden} hidden units is too large")
 
 
 def available(bfloat16: bool = False) -> bool:
-    """Whether the operator is there, and multiplies in bfloat16 where that is asked for."""
+    """Whether the operator is available, and with ``bfloat16`` also multiplies in bfloat16."""
     return WANTED and _library() is not None and (not bfloat16 or bool(_library().mixing_has_bfloat16()))
 
 
 def multiplies_in_bfloat16() -> bool:
-    """Whether this processor does, and the compiler has built the operator for it (or there is no operator)."""
+    """Whether this processor multiplies in bfloat16, and so does the operator if there is one."""
     if not available():
         return torch.cpu._is_avx512_bf16_supported()
     return available(bfloat16=True)
@@ -104,23 +104,23 @@ _threads: ContextVar[int | None] = ContextVar("mixer's threads", default=None)
 
 
 def threads() -> int:
-    """On how many threads the operator runs."""
+    """Number of threads of the operator."""
     return _threads.get() or torch.get_num_threads()
 
 
 @contextlib.contextmanager
 def threads_for_the_operator() -> Iterator[None]:
-    """Within it, the operator keeps the threads that PyTorch had, and PyTorch's own operators take one.
+    """Leave PyTorch's threads to the operator and limit PyTorch's own operators to one thread.
 
-    What is left to them is little, and some of it (the stem's and LayerNorm's gradients) would be rounded differently
-    on another number of threads. GNU OpenMP's threads, besides, spin while they wait, which makes a step several
-    times slower as soon as another process wants the core. Only the calling thread is concerned:
-    ``torch.set_num_threads`` would reach every thread that is started meanwhile. Does nothing without the operator.
+    Little work is left to those, and some of it (the stem's and LayerNorm's gradients) would be rounded differently on
+    another number of threads. Moreover, GNU OpenMP's threads spin while they wait, which makes a step several times
+    slower once another process needs the core. The limit applies to the calling thread only; ``torch.set_num_threads``
+    would affect every thread started meanwhile. Does nothing without the operator.
     """
     if not available():
         yield
         return
-    before = _threads.set(threads())  # asking PyTorch also makes it set up this thread, which would undo the limit
+    before = _threads.set(threads())  # first, since asking PyTorch sets up this thread, which would undo the limit
     openmp, set_mkl = _thread_pools()
     mkl = set_mkl(1)
     try:
@@ -133,7 +133,7 @@ def threads_for_the_operator() -> Iterator[None]:
 
 @functools.cache
 def _thread_pools() -> tuple[threadpoolctl.ThreadpoolController, Callable[[int], int]]:
-    """What sets the calling thread's number of threads in OpenMP, and in MKL where PyTorch is built with it."""
+    """Return the setters of the calling thread's number of threads in OpenMP and, if PyTorch has it, in MKL."""
     set_mkl = None
     with contextlib.suppress(OSError, AttributeError):
         set_mkl = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).MKL_Set_Num_Threads_Local
@@ -144,7 +144,7 @@ def _thread_pools() -> tuple[threadpoolctl.ThreadpoolController, Callable[[int],
 
 
 class _Chain(ctypes.Structure):
-    """``Chain`` in fused.cpp. It keeps its arrays alive, but not the tensors that they point to."""
+    """``Chain`` in fused.cpp. It keeps its arrays alive, but not the tensors they point to."""
 
     _fields_ = (
         ("x", ctypes.c_void_p),
@@ -170,13 +170,13 @@ def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
 
 
 class _Blocks(torch.autograd.Function):
-    """One call for all blocks: PyTorch's own work around a call takes a third of a millisecond while the caches are
-    full of images; with a call for each MLP that was a tenth of a training step."""
+    """One call for all blocks. PyTorch's overhead per call is a third of a millisecond while the caches are full of
+    images; with one call per MLP it was a tenth of a training step."""
 
     @staticmethod
     def forward(ctx: Any, settings: tuple, keep: bool, x: Tensor, seeds: Tensor, *parameters: Tensor) -> Tensor:
         x, seeds, *parameters = (tensor.contiguous() for tensor in (x, seeds, *parameters))
-        # The outputs of all MLPs but the last, which the backward pass starts from.
+        # The outputs of all MLPs but the last, from which the backward pass recomputes the rest.
         stream = x.new_empty((len(parameters) // 6 - 1, *x.shape)) if keep else None
         output = torch.empty_like(x)
         if x.numel():
@@ -189,8 +189,8 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: once_differentiable would give 0 where grad is a constant
-            raise RuntimeError("the fused operator has first derivatives only: call the model itself for others")
+        if torch.is_grad_enabled():  # create_graph: once_differentiable would return 0 for a constant grad
+            raise RuntimeError("the fused operator has first derivatives only: call the model itself for higher ones")
         x, stream, seeds, *parameters = ctx.saved_tensors
         grad = grad.contiguous()
         if not x.numel():
@@ -203,7 +203,7 @@ class _Blocks(torch.autograd.Function):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled operator with its functions' types; None where it cannot be had."""
+    """The compiled operator with its functions' types; None if it cannot be built."""
     library = build.library()
     if library is None:
         return None
