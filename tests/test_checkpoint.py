@@ -181,7 +181,7 @@ def test_full_disk_is_one_sentence_and_costs_no_finished_epoch(few, checkpoint, 
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        with pytest.raises(OSError, match=r"run\.pt cannot be written .*make room and run again"):
+        with pytest.raises(OSError, match=r"run\.pt cannot be written .*free some space and run again"):
             run(few, checkpoint=checkpoint)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -1,4 +1,4 @@
-"""A student is given soft targets for the very images that it sees."""
+"""A student receives soft targets for the same views that it sees."""
 
 import sys
 
@@ -29,7 +29,7 @@ def hundred(data):
 
 @pytest.fixture(scope="module")
 def trained(hundred, tmp_path_factory) -> bytes:
-    """The weights of a teacher that is hardly trained."""
+    """The weights of a barely trained teacher."""
     weights = tmp_path_factory.mktemp("teacher") / "run.safetensors"
     config = Config(network="conv", lr=0.003, optimiser="adamw", flip=True, **SHORT)
     train(config, data=hundred, weights=weights, **OPTIONS)
@@ -38,7 +38,7 @@ def trained(hundred, tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def taught(trained, tmp_path, monkeypatch) -> bytes:
-    """The weights of "little", in the folder of the teachers."""
+    """The weights of the teacher "little", in the teachers' folder."""
     monkeypatch.setattr(distillation, "WEIGHTS", tmp_path)
     monkeypatch.setattr(distillation, "data_folder", lambda: tmp_path)
     (tmp_path / "little.safetensors").write_bytes(trained)
@@ -56,7 +56,7 @@ def test_loss_is_the_divergence_at_the_temperature():
 
 
 @pytest.mark.parametrize("mixup", [0.0, 1.0])
-def test_targets_are_the_teachers_answer_to_what_the_student_sees(hundred, taught, mixup):
+def test_targets_are_the_teachers_logits_for_the_students_view(hundred, taught, mixup):
     config = Config(teacher="little", mixup_prob=mixup, flip=True, shift=1, temperature=2.0)
     loss = Distillation(config, hundred, CPU, "float32")
     assert loss.logits.shape == (18, 100, 10)
@@ -100,7 +100,7 @@ def test_keeps_the_teachers_logits_unless_they_are_damaged(hundred, taught, tmp_
     assert torch.equal(taught_by_little(hundred).logits, first.logits)
 
 
-def test_rejects_a_teacher_that_is_not_there_or_none(hundred, taught, tmp_path):
+def test_rejects_a_missing_teacher_and_a_file_that_is_none(hundred, taught, tmp_path):
     with pytest.raises(ValueError, match=r"there is no teacher .*nobody\.safetensors"):
         Run(Config(teacher="nobody", **SMALL), CPU, "float32", hundred)
     nameless, for_nine = ({k: w.contiguous() for k, w in ConvNet(n).state_dict().items()} for n in (10, 9))

@@ -1,4 +1,4 @@
-"""Locks and cores; that files are whole is tested where they are written."""
+"""Locks and cores. Complete files are tested where they are written."""
 
 import errno
 import multiprocessing
@@ -38,8 +38,8 @@ def test_excludes_threads_and_leaves_no_file(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "pause"), reason="needs Unix")
-def test_is_refused_while_another_process_lives_and_taken_after_its_death(tmp_path):
-    context = multiprocessing.get_context("fork")  # which need not import PyTorch
+def test_lock_of_another_process_is_free_after_its_death(tmp_path):
+    context = multiprocessing.get_context("fork")  # without importing PyTorch again
     path, ready = tmp_path / "run.lock", context.Event()
     process = context.Process(target=hold, args=(path, ready))
     process.start()
@@ -55,7 +55,7 @@ def test_is_refused_while_another_process_lives_and_taken_after_its_death(tmp_pa
 
 @pytest.mark.skipif(files.fcntl is None, reason="needs Unix")
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_goes_on_with_a_line_where_there_are_no_locks(tmp_path, monkeypatch, caplog, code):
+def test_warns_and_continues_without_file_locks(tmp_path, monkeypatch, caplog, code):
     def flock(*_):
         raise OSError(code, os.strerror(code))
 
@@ -67,7 +67,7 @@ def test_goes_on_with_a_line_where_there_are_no_locks(tmp_path, monkeypatch, cap
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
-def test_binding_of_openmp_leaves_all_cores():
+def test_openmp_binding_leaves_all_cores():
     code = "import mixer, os; print(mixer.system.affinity.cores(), len(os.sched_getaffinity(0)))"
     bound = os.environ | {"OMP_PROC_BIND": "true"}
     answer = subprocess.run([sys.executable, "-c", code], env=bound, capture_output=True, text=True, check=True)

@@ -306,7 +306,7 @@ def test_rejects_arguments_in_one_sentence(few):
 
 
 @pytest.mark.parametrize("argument", ["checkpoint", "weights"])
-def test_rejects_a_place_that_cannot_be_written(few, tmp_path, argument, monkeypatch):
+def test_rejects_an_unwritable_path(few, tmp_path, argument, monkeypatch):
     monkeypatch.setattr(Run, "train_epoch", None)
     (tmp_path / "file").write_text("x")
     os.mkfifo(tmp_path / "pipe")
@@ -318,12 +318,12 @@ def test_rejects_a_place_that_cannot_be_written(few, tmp_path, argument, monkeyp
         run(few, weights=tmp_path / f"{'x' * longest}.safetensors")
 
 
-def test_rejects_a_device_or_precision_that_is_not_there(monkeypatch):
+def test_rejects_a_missing_device_or_precision(monkeypatch):
     for name in ("abacus", "meta", "cuda:77", "", "cpu:x", 5.5):
         with pytest.raises(ValueError, match=r"^there is no device '.*' here: give cpu, cuda or mps"):
             find_device(name)
     assert find_device("cpu") == find_device(CPU) == CPU and find_device().type in ("cpu", "cuda", "mps")
-    with pytest.raises(ValueError, match="precision is bfloat16 or float32, not 'float16'"):
+    with pytest.raises(ValueError, match="precision must be bfloat16 or float32, not 'float16'"):
         find_precision(CPU, "float16")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     with pytest.raises(ValueError, match="train in float32"):
@@ -331,8 +331,8 @@ def test_rejects_a_device_or_precision_that_is_not_there(monkeypatch):
 
 
 @pytest.mark.skipif(find_precision(CPU) != "bfloat16", reason="no bfloat16 here")
-def test_takes_bfloat16_where_the_operator_has_it(few, monkeypatch):
-    """A compiler may not know it, though the processor does."""
+def test_chooses_bfloat16_only_if_the_operator_has_it(few, monkeypatch):
+    """A compiler may lack it even if the processor has it."""
     monkeypatch.setattr(fused, "available", lambda bfloat16=False: not bfloat16)
     found = [run(few, TINY, precision=precision)["environment"] for precision in (None, "bfloat16")]
     assert [(each["precision"], each["path"]) for each in found] == [("float32", "fused"), ("bfloat16", "eager")]

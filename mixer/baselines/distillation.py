@@ -1,11 +1,11 @@
-"""Distillation from a convolutional network that was trained on the same images.
+"""Distillation from a convolutional network trained on the same images.
 
-As in Beyer et al. 2021 (arXiv:2106.05237, "a good teacher is patient and consistent") student and teacher see the same
-view of an image, and the teacher's soft targets replace the label. Flips and shifts give an image few views (50 with
-shifts of up to two pixels), so the teacher sees each once and its logits are kept. Two images mixed into one are never
-the same again: the teacher sees those live.
+As in Beyer et al. 2021 (arXiv:2106.05237, "a good teacher is patient and consistent"), student and teacher see the
+same augmented view of an image, and the teacher's soft targets replace the label. Flips and shifts give each image few
+views (50 with shifts of up to two pixels), so the teacher's logits for each are computed once and kept. Mixed images
+never recur, so the teacher sees those live.
 
-The teacher is trained as any run, ``Config(network="conv")``.
+The teacher is trained like any run, with ``Config(network="conv")``.
 """
 
 import hashlib
@@ -32,17 +32,17 @@ WEIGHTS = RESULTS / "teachers"
 
 
 def weights_of(name: str) -> Path:
-    """The file of the teacher of this name, which need not be there."""
+    """Path of a teacher's weights, which need not exist."""
     return WEIGHTS / f"{name}.safetensors"
 
 
 class Distillation:
-    """The loss of a student, whose targets are a teacher's logits (Hinton et al. 2015).
+    """The loss of a student whose targets are a teacher's logits (Hinton et al. 2015).
 
-    ``data``: what the student trains on. The teacher's ``logits`` (views, N, num_classes), float16, for the views in
-    the order of ``augment.view``, are computed once, which takes minutes, and kept in the data folder.
+    ``data``: the student's training data. The teacher's ``logits`` (views, N, num_classes), float16, are numbered as in
+    ``augment.view``. They are computed once, which takes minutes, and kept in the data folder.
 
-    Raises ValueError where there is no such teacher, or one that was trained on other images than ``data``'s; OSError.
+    Raises ValueError if there is no such teacher, or if it was trained on other images than ``data``'s; OSError.
     """
 
     def __init__(self, config: Config, data: Data, device: torch.device, precision: str):
@@ -57,14 +57,14 @@ class Distillation:
         kept, shape = data_folder() / "teachers" / name, (views, len(data.train_images), data.num_classes)
         self.model = _conv_net(path, weights, data).to(device).requires_grad_(False)
         check_writable(kept)
-        with locked(kept.with_suffix(".lock")):  # students that begin side by side let one of them do it
+        with locked(kept.with_suffix(".lock")):  # of students started together, one computes the logits
             try:
                 content = unseal(kept.read_bytes())
             except (OSError, ValueError):
                 content = _logits(self.model, data, views, config.shift, precision).numpy().tobytes()
                 write_whole(kept, seal(content))
         self.weights_sha256 = hashlib.sha256(weights).hexdigest()
-        self.sha256 = hashlib.sha256(content).hexdigest()  # of the logits, which may differ from machine to machine
+        self.sha256 = hashlib.sha256(content).hexdigest()  # of the logits, which may differ between machines
         self.logits = torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(device)
         self.temperature, self.precision = config.temperature, precision
 
@@ -72,7 +72,7 @@ class Distillation:
         return soft_target_loss(logits, self.targets(batch), self.temperature)
 
     def targets(self, batch: Batch) -> Tensor:
-        """The teacher's logits (B, num_classes), float32, for the very images that the student sees."""
+        """The teacher's logits (B, num_classes), float32, for the same inputs that the student sees."""
         if batch.share == 1:
             return self.logits[batch.views.to(self.logits.device), batch.index].float()
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, self.precision == "bfloat16", False):
@@ -80,7 +80,7 @@ class Distillation:
 
 
 def soft_target_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """KL divergence from teacher to student, both logits (B, num_classes), times the temperature's square."""
+    """KL divergence from teacher to student, both given as logits (B, num_classes), times the squared temperature."""
     student, teacher = (F.log_softmax(each / temperature, dim=1) for each in (logits, targets))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
@@ -96,14 +96,14 @@ def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
         wanted = f"{data.num_classes} classes and {data.in_channels} channels"
         raise ValueError(f"{path} does not hold a teacher of {wanted}: train it again") from None
     if seen != [data.sha256, data.pixel_mean, data.pixel_std]:  # it may have seen the student's validation images
-        raise ValueError(f"the teacher {path} was trained on other images than its student: train one on the same")
+        raise ValueError(f"the teacher {path} was trained on other images than its student: train it on the same")
     return model.eval()
 
 
 def _logits(model: ConvNet, data: Data, views: int, shift: int, precision: str) -> Tensor:
     device, batches = data.train_images.device, data.train_images.split(1000)
     logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)
-    silent = True if sys.stderr is None else None  # None: where it is no terminal
+    silent = True if sys.stderr is None else None  # None: disabled unless stderr is a terminal
     for number in tqdm(range(views), desc="the teacher's logits for every view", leave=False, disable=silent):
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             seen = (view(images, torch.full((len(images),), number), shift) for images in batches)

@@ -1,6 +1,6 @@
-"""What a mixer is measured against: a plain MLP and a convolutional network of about as many parameters.
+"""Baselines for the mixer: a plain MLP and a convolutional network with about as many parameters.
 
-Both are trained as any run, ``Config(network="mlp")`` or ``Config(network="conv")``; the latter can be its teacher.
+Both are trained like any run, with ``Config(network="mlp")`` or ``Config(network="conv")``; the latter can teach.
 """
 
 import torch
@@ -14,7 +14,7 @@ from mixer.model import MlpMixer, count_patches, initialise, uninitialised
 
 WHITEN_BY = 5000  # images
 HIDDEN = 654  # 948,310 parameters for Fashion-MNIST
-WIDTHS = (64, 64, 128, 128, 128)  # channels of the residual blocks, behind a stem of half as many: 955,210 parameters
+WIDTHS = (64, 64, 128, 128, 128)  # channels of the residual blocks, after a stem with half as many: 955,210 parameters
 
 
 def _drawn(layer: nn.Module, generator: torch.Generator | None) -> nn.Module:
@@ -23,7 +23,7 @@ def _drawn(layer: nn.Module, generator: torch.Generator | None) -> nn.Module:
 
 
 def _head(fan_in: int, num_classes: int) -> nn.Linear:
-    """Zeros, as a mixer's."""
+    """A zero head, as in the mixer."""
     head = uninitialised(nn.Linear, fan_in, num_classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -31,13 +31,13 @@ def _head(fan_in: int, num_classes: int) -> nn.Linear:
 
 
 def _logits(head: nn.Linear, x: Tensor) -> Tensor:
-    """float32 under autocast too, as a mixer's."""
+    """Logits in float32 even under autocast, as in the mixer."""
     with torch.autocast(x.device.type, enabled=False):
         return head(x.to(head.weight.dtype))
 
 
 class PlainMlp(nn.Module):
-    """All pixels, times colours, into two hidden layers: (B, in_channels, H, W) -> logits (B, num_classes)."""
+    """Two hidden layers on all pixels of all channels: (B, in_channels, H, W) -> logits (B, num_classes)."""
 
     def __init__(
         self, pixels: int, num_classes: int = 10, dropout_p: float = 0.0, generator: torch.Generator | None = None
@@ -58,7 +58,7 @@ class PlainMlp(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Pre-activation (He et al. 2016, arXiv:1603.05027): (B, C, H, W) -> (B, D, H / stride, W / stride)."""
+    """Pre-activation block (He et al. 2016, arXiv:1603.05027): (B, C, H, W) -> (B, D, H / stride, W / stride)."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int, generator: torch.Generator | None):
         super().__init__()
@@ -74,7 +74,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Residual blocks, which halve an image where they double its channels.
+    """A residual network whose blocks halve the image wherever they double the channels.
 
     ``forward``: (B, in_channels, H, W) -> logits (B, num_classes).
     """
@@ -110,7 +110,7 @@ def _convolution(channels_in: int, channels_out: int, size: int, stride: int, ge
 
 
 def build_network(config: Config, data: Data, generator: torch.Generator | None = None) -> nn.Module:
-    """The config's network for images and classes like those of ``data``, with its initial weights."""
+    """Build the config's network for the images and classes of ``data``, with its initial weights."""
     if config.network == "conv":
         return ConvNet(data.num_classes, config.dropout_p, generator, data.in_channels)
     if config.network == "mlp":

@@ -1,7 +1,7 @@
 """The cores that this process may use.
 
-Asked before PyTorch is imported, since with ``OMP_PROC_BIND`` or ``GOMP_CPU_AFFINITY`` that import binds the importing
-thread to one core, and with it every process and thread that it starts.
+They are read before PyTorch is imported. With ``OMP_PROC_BIND`` or ``GOMP_CPU_AFFINITY``, that import binds the
+importing thread to one core, and with it every thread and process that it starts.
 """
 
 import os
@@ -10,11 +10,11 @@ CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(ran
 
 
 def restore() -> None:
-    """Let this thread run on all of them again."""
+    """Let this thread use all cores again."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, CORES)
 
 
 def cores() -> int:
-    """How many there are."""
+    """Number of cores that this process may use."""
     return len(CORES)

@@ -1,4 +1,4 @@
-"""Where a run computes, in which precision, and apart from what its caller has set up."""
+"""A run's device and precision, and its isolation from the caller's PyTorch settings."""
 
 import contextlib
 import os
@@ -13,14 +13,14 @@ log = getLogger("mixer")
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """What a precision is on a device, with no weights cached."""
+    """The autocast context of a precision on a device, without a cache of weights."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
 
 
 def find_device(name: torch.device | str | None = None) -> torch.device:
-    """The device of this name; without one CUDA, else Apple's MPS, else the CPU. ValueError when it is not there.
+    """Return the named device; by default CUDA, else Apple's MPS, else the CPU. Raises ValueError if there is none.
 
-    A GPU that is found but cannot compute (too old, busy, out of memory) is passed over with one log line.
+    By default, a GPU that cannot compute (too old, busy, out of memory) is skipped with one log line.
     """
     if name is None:
         for found in ("cuda",) * torch.cuda.is_available() + ("mps",) * torch.backends.mps.is_available():
@@ -36,18 +36,18 @@ def find_device(name: torch.device | str | None = None) -> torch.device:
         if device.type in ("cpu", "cuda", "mps"):
             torch.zeros(1, device=device)
             return device
-    except (RuntimeError, AssertionError, TypeError):  # PyTorch's ways of saying that there is none
+    except (RuntimeError, AssertionError, TypeError):  # PyTorch's errors for a missing device
         pass
-    raise ValueError(f"there is no device {str(name)!r} here: give cpu, cuda or mps, or none to take what there is")
+    raise ValueError(f"there is no device {str(name)!r} here: give cpu, cuda or mps, or none for the first available")
 
 
 def find_precision(device: torch.device, wanted: str | None = None) -> str:
-    """ "bfloat16" where the hardware computes in it, not merely emulates it, else "float32".
+    """Return ``wanted``; by default "bfloat16" if the hardware computes in it without emulation, else "float32".
 
-    ValueError when another one is ``wanted``, or bfloat16 on a CPU that has none.
+    Raises ValueError for any other precision, and for bfloat16 on a CPU without it.
     """
     if wanted not in (None, "bfloat16", "float32"):
-        raise ValueError(f"precision is bfloat16 or float32, not {wanted!r}")
+        raise ValueError(f"precision must be bfloat16 or float32, not {wanted!r}")
     if wanted == "bfloat16" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         raise ValueError("this processor does not compute in bfloat16: train in float32")
     if wanted is not None:
@@ -61,12 +61,12 @@ def find_precision(device: torch.device, wanted: str | None = None) -> str:
 
 @contextlib.contextmanager
 def by_itself(device: torch.device) -> Iterator[None]:
-    """A no_grad, autocast or default device around ``train`` is the caller's, not the run's."""
+    """Shield a run from its caller's no_grad, autocast and default device."""
     with contextlib.ExitStack() as contexts:
         contexts.enter_context(torch.inference_mode(False))  # allows gradients too
-        # Autocast empties its cache only where the outermost context ends, so here it would keep weights of steps ago.
+        # Autocast empties its cache only when the outermost context ends, so it would keep outdated weights here.
         contexts.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
-        if device.type == "cuda":  # convolutions give the same bits every time, and float32 is no TF32
+        if device.type == "cuda":  # deterministic convolutions, and float32 without TF32
             contexts.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
         if torch.get_default_device().type != "cpu":
             contexts.enter_context(torch.device("cpu"))  # where the run's generator is
@@ -74,7 +74,7 @@ def by_itself(device: torch.device) -> Iterator[None]:
 
 
 def threads_after_fork() -> None:
-    """One thread in a forked process: GNU OpenMP's do not survive a fork, and waiting for them would last for ever."""
+    """Use one thread in a forked process: GNU OpenMP's do not survive a fork, and waiting for them would never end."""
     if _forked:
         torch.set_num_threads(1)
 

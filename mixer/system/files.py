@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also when the disk fills up or the process is killed."""
+"""Writing files completely or not at all, even if the disk fills up or the process is killed."""
 
 import contextlib
 import errno
@@ -18,13 +18,13 @@ except ImportError:  # Windows
 
 log = getLogger("mixer")
 _PACKAGE = Path(__file__).parents[1]
-SHIPPED = _PACKAGE / "weights"  # of the coursework's best run, and of the recipe "modern"
+SHIPPED = _PACKAGE / "weights"  # of the coursework's best run and of the recipe "modern"
 IN_CHECKOUT = (_PACKAGE.parent / "pyproject.toml").is_file() and (_PACKAGE.parent / "results").is_dir()
 PROJECT = _PACKAGE.parent if IN_CHECKOUT else Path()  # an installed package works in the working directory
 
 
 def expand(path: Path | str) -> Path:
-    """An absolute path, with ``~`` for the home folder: for every path that a user gives. Raises OSError."""
+    """Make a user's path absolute and expand ``~``. Raises OSError."""
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError:
@@ -32,7 +32,7 @@ def expand(path: Path | str) -> Path:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file whole or not at all. Raises OSError in one sentence."""
+    """Write a file completely or not at all. Raises OSError in one sentence."""
     incoming = _incoming(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,15 +43,15 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         incoming.replace(path)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "make room and run again" if full else "give another place"
+        advice = "free some space and run again" if full else "give another path"
         raise OSError(f"{path} cannot be written ({error.strerror or error}): {advice}.") from error
     finally:
         _discard(incoming)
 
 
 def check_writable(path: Path) -> None:
-    """Raise the OSError that ``write_whole`` would raise, before hours of training; a full disk is not noticed."""
-    if os.path.lexists(path) and not path.is_file():  # a pipe would be waited for, a device be replaced
+    """Raise ``write_whole``'s OSError before hours of training; a full disk is not detected."""
+    if os.path.lexists(path) and not path.is_file():  # a pipe would block, and a device would be replaced
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise OSError(f"{path} cannot be written, because it is {kind}: give another name.")
     incoming = _incoming(path)
@@ -59,17 +59,17 @@ def check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         incoming.open("ab").close()
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror or error}): give another place.") from error
+        raise OSError(f"{path} cannot be written ({error.strerror or error}): give another path.") from error
     finally:
         _discard(incoming)
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Within it, no other process or thread holds this lock; gives False where one does and ``wait`` is false.
+    """Hold a lock that excludes all other processes and threads; yields False if it is taken and ``wait`` is false.
 
-    The operating system's lock ends with its process, however that ends, and its file goes with it. Where the file
-    system has no locks, as on some clusters, a log line says so and it goes on without.
+    The operating system releases the lock when the process ends, however it ends; leaving the context removes the file.
+    If the file system has no locks, as on some clusters, a log line says so and the code runs without one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
@@ -87,7 +87,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break  # else it was the lock of a process that has just finished
+                break  # else the lock's last holder has just removed the file
         except FileNotFoundError:
             pass
         except BlockingIOError:
@@ -98,7 +98,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 os.close(descriptor)
                 raise
-            log.warning("%s has no file locks: do not work on it from two places at once.", path.parent)
+            log.warning("%s has no file locks: do not run two trainings in it at once.", path.parent)
             break
         except BaseException:
             os.close(descriptor)
@@ -112,12 +112,12 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 
 def seal(content: bytes | memoryview) -> bytes:
-    """The content with its SHA-256 behind it."""
+    """Append the content's SHA-256."""
     return b"".join((content, hashlib.sha256(content).digest()))
 
 
 def unseal(content: bytes) -> bytes:
-    """The content of a sealed file. Raises ValueError where a bit of it has changed."""
+    """Return the content of a sealed file. Raises ValueError if a bit has changed."""
     content, digest = content[:-32], content[-32:]
     if hashlib.sha256(content).digest() != digest:
         raise ValueError("its checksum is wrong")
@@ -125,7 +125,7 @@ def unseal(content: bytes) -> bytes:
 
 
 def _incoming(path: Path) -> Path:
-    """One name a thread, so that two writers of the same file do not spoil it."""
+    """A temporary name per thread, so that two writers of one file do not corrupt it."""
     return path.with_name(f".{path.name}.{threading.get_native_id()}.incoming")
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while ``python -m mixer`` imports PyTorch, which takes seconds: one line in place of PyTorch's traceback."""
+"""Handles Ctrl-C while ``python -m mixer`` imports PyTorch for seconds: one line in place of a traceback."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
-# So Python calls itself until it has found the module.
+# Python's sys.argv[0] is -m until it has found the module.
 if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _stop)
 

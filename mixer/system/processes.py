@@ -1,4 +1,4 @@
-"""Processes that work side by side on this machine."""
+"""Worker processes on this machine."""
 
 import atexit
 import contextlib
@@ -19,26 +19,26 @@ import torch
 
 from mixer.system.affinity import cores
 
-# Python would look through all of PyTorch's objects when a process ends: for a second, and on a busy machine for longer
-# than the four that Dask waits before it reports a worker as killed.
+# On exit, Python would search all of PyTorch's objects for garbage. That takes a second; on a busy machine, more than the
+# four after which Dask reports a worker as killed.
 atexit.register(gc.freeze)
 
 _position: int | None = None
 
 
 def position() -> int | None:
-    """In a worker: the line of its progress bar."""
+    """In a worker: the line of its progress bar; elsewhere None."""
     return _position
 
 
 @contextlib.contextmanager
 def worker_pool(jobs: int) -> Iterator[Executor]:
-    """A pool of processes that share the machine's cores evenly. Where this process stops, they are killed.
+    """Start a pool of processes that share the machine's cores evenly; they are killed if this process stops.
 
-    Raises OSError where none can be started.
+    Raises OSError if no process can be started.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(1)  # a worker that runs a script without the guard: the OSError below says so, once
+        sys.exit(1)  # a worker that runs an unguarded script; the OSError below says so once
     context, before = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     positions = context.SimpleQueue()
     for position in range(jobs):
@@ -56,7 +56,7 @@ def worker_pool(jobs: int) -> Iterator[Executor]:
 
 
 def _start_workers(pool: Executor, jobs: int) -> None:
-    """Start them in a thread: Python raises KeyboardInterrupt in the main thread only, so Ctrl-C halves no start."""
+    """Start workers in a thread: KeyboardInterrupt reaches only the main thread, so Ctrl-C cannot cut a start short."""
     workers = []
     try:
         with ThreadPoolExecutor(1) as thread:
@@ -67,7 +67,7 @@ def _start_workers(pool: Executor, jobs: int) -> None:
     except BrokenProcessPool:
         pool.shutdown()
         if all(worker.exitcode != 1 for worker in workers):
-            return  # one was killed: whoever uses the pool is told so
+            return  # one was killed, which the pool's user will notice
         advice = 'in a script, call run_grid under `if __name__ == "__main__":`, or train with jobs=1'
         raise OSError(f"The worker processes ended at once: {advice}.") from None
     except (OSError, AssertionError, RuntimeError) as error:
@@ -75,7 +75,7 @@ def _start_workers(pool: Executor, jobs: int) -> None:
 
 
 def _block_ctrl_c() -> None:
-    """It reaches all processes of a terminal, but the first one decides. Those that this thread starts inherit this."""
+    """Leave Ctrl-C, which a terminal sends to all processes, to the main one; this thread's children inherit this."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 

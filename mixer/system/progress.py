@@ -8,22 +8,22 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-TRAINING = 3  # times the work of testing: forward and backward in place of forward
-# Which of a grid's missing runs a run is, from 1; how many there are; how many run side by side, where it is known.
+TRAINING = 3  # times the work of testing: forward and backward instead of forward only
+# A run's number among the grid's missing runs, from 1; how many there are; how many run at a time, if known.
 Turn = tuple[int, int, int | None]
 
 
 class Bar(tqdm):
-    """A progress bar over the images of a run. Numbers come first, since a notebook's output is narrow, and it is text
-    everywhere: a widget's remains are unreadable in a notebook that was saved or exported."""
+    """A progress bar over the images of a run. Numbers come first, since a notebook's output is narrow. It is always
+    text, since a widget becomes unreadable in a saved or exported notebook."""
 
-    monitor_interval = 0  # no thread of tqdm's own
+    monitor_interval = 0  # do not start tqdm's monitor thread
     announced = ""
 
     def __init__(
         self, name: str, epochs: int, images: tuple[int, int], done: int, shown: bool, position: int | None, turn: Turn
     ):
-        """For a run of ``epochs`` epochs, of which ``done`` are done, of so many training and test ``images`` each."""
+        """``done`` of the run's ``epochs`` are finished; ``images``: training and test images per epoch."""
         self.run, self.epochs, self.turn, self.accuracies, self.last_look = name, epochs, turn, "", 0.0
         self.work = TRAINING * images[0] + images[1]
         super().__init__(
@@ -31,20 +31,20 @@ class Bar(tqdm):
             initial=done * self.work,
             disable=not shown or sys.stderr is None,
             position=position,
-            smoothing=0,  # time left by the mean of all work
+            smoothing=0,  # estimate the time left from all work so far
             miniters=1,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}% {remaining} left{turn} |{bar:10}|{desc}",
         )
 
     def announce(self, how: str) -> None:
-        """Say how runs compute, once in a process as long as it stays the same."""
+        """Print how runs compute, unless this process has just printed the same."""
         if not self.disable and how != Bar.announced:
             Bar.announced = how
             self.write(how, file=sys.stderr)
 
     def trained(self, loss: Tensor, images: int) -> None:
-        # Reading the loss waits for the device, so it is looked at twice a second, not at every step.
+        # Reading the loss waits for the device, so read it twice a second, not at every step.
         if not self.disable and time.monotonic() - self.last_look > 0.5:
             self.last_look = time.monotonic()
             self._show(loss)
@@ -61,16 +61,16 @@ class Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What ``bar_format`` is filled with."""
+        """The values for ``bar_format``."""
         values, text = super().format_dict, ""
         number, runs, jobs = self.turn
         if runs > 1:
             text = f", run {number}/{runs}"
         if runs > 1 and jobs and self.n > self.initial:
-            # As if all runs took as long as this one, and those that run beside it ended with it.
+            # Assume that all runs take as long as this one, and that concurrent runs end with it.
             later = self.total - self.n + (runs - number) // jobs * self.total
             text += f", all ~{self.format_interval(values['elapsed'] / (self.n - self.initial) * later)}"
         return values | {"turn": text}
 
 
-Bar.set_lock(threading.RLock())  # tqdm's own would be a semaphore of the system, which a killed process leaves behind
+Bar.set_lock(threading.RLock())  # tqdm's own would be a system semaphore, which a killed process leaks
