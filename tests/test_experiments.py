@@ -29,7 +29,7 @@ def test_lists_a_finished_experiment_as_complete(name, capsys):
     main([name, "--list"])
     *runs, total = capsys.readouterr().out.splitlines()
     assert total == f"{name}: {len(runs)} runs, 0 missing"
-    assert all((PROJECT / run.removeprefix("there   ")).exists() for run in runs)
+    assert all((PROJECT / run.removeprefix("finished ")).exists() for run in runs)
 
 
 def test_suggests_an_experiment_and_make_has_them_all():

@@ -91,7 +91,7 @@ def test_writes_nothing_when_interrupted(folder, monkeypatch):
         return train(config, **options)
 
     monkeypatch.setattr(speedrun, "train", stopped)
-    with pytest.raises(SystemExit, match="Stopped; nothing is written"):
+    with pytest.raises(SystemExit, match="Stopped; nothing was written"):
         speedrun.main(["--device", "cpu"])
     assert list(folder.iterdir()) == []
 
@@ -105,7 +105,7 @@ def test_names_a_run_that_diverges(folder, few):
 def test_rejects_one_run_and_a_missing_peer(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         speedrun.main(["--runs", "1"])
-    assert "--runs is 1, but a spread takes 2 or more" in capsys.readouterr().err
+    assert "--runs is 1, but it has to be at least 2" in capsys.readouterr().err
     monkeypatch.setattr(speedrun.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"timm.* is missing: pip install -r requirements-dev\.txt"):
         speedrun.main([])

@@ -1,4 +1,4 @@
-"""Compare sets of settings, each trained with several seeds.
+"""Compares sets of settings, each trained with several seeds.
 
 A *set* is a label (a word or a tuple of words) with its configs, one per seed.
 """
@@ -13,17 +13,17 @@ from statsmodels.stats.multitest import multipletests
 from mixer.config import Config
 from mixer.records import Record
 
-GUESSED = 10.0  # per cent: of ten classes
+GUESSED = 10.0  # per cent, with ten classes
 COLUMNS = ["difference", "p", "low", "high", "holm", "deviation", "freedom"]
-LEARNED = 80.0  # per cent: a linear classifier gets 84
+LEARNED = 80.0  # per cent; a linear classifier reaches 84
 
 
 def outcomes(
     sets: Mapping[Hashable, Sequence[Config]], found: Mapping[Config, Record], names: Sequence[str], last: int = 1
 ) -> pd.Series:
-    """Test accuracy in per cent of every run, by the set's ``names`` and "seed"; empty as long as a run is missing.
+    """Test accuracy of every run in per cent, indexed by the set's ``names`` and "seed"; empty while a run is missing.
 
-    It is the mean of the ``last`` epochs. A run that diverged counts as guessing.
+    It is averaged over the ``last`` epochs. A run that diverged counts as guessing.
     """
     if any(config not in found for configs in sets.values() for config in configs):
         return pd.Series(dtype=float)
@@ -38,16 +38,16 @@ def outcomes(
 
 
 def by_set(accuracy: pd.Series) -> pd.DataFrame:
-    """Count, mean, min and max of each set; accuracy: as ``outcomes`` gives it."""
+    """Count, mean, min and max of each set; accuracy: from ``outcomes``."""
     return accuracy.groupby(level=accuracy.index.names[:-1], sort=False).agg(["count", "mean", "min", "max"])
 
 
 def compare(accuracy: pd.Series, pairs: Mapping[Hashable, tuple[Hashable, Hashable]]) -> pd.DataFrame:
-    """For each pair of sets the difference of their means in points, its 95 % t interval, p, and p by Holm.
+    """Test pairs of sets: difference of means in points, 95 % t interval, p, and p after Holm's correction.
 
-    accuracy: as ``outcomes`` gives it. The deviation between seeds is pooled over all sets that have learned, and
-    "freedom" is its degrees of freedom. A set has learned if all its seeds reach LEARNED; a pair with one that has
-    not is not tested.
+    accuracy: from ``outcomes``. The standard deviation between seeds is pooled over all sets that have learned;
+    "freedom" is its degrees of freedom. A set has learned if all its seeds reach LEARNED. A pair with a set that has
+    not learned is not tested.
     """
     lowest = accuracy.groupby(level=accuracy.index.names[:-1]).transform("min")
     learned = accuracy[lowest >= LEARNED]

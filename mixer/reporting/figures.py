@@ -1,7 +1,7 @@
-"""The figures of notebook and report, all in one style, as wide as the report's text.
+"""The figures of the notebooks and the report, in one style, as wide as the report's text.
 
-Every function returns a Matplotlib figure, which a notebook shows as it is, and ``save`` writes it as PDF for LaTeX
-and as PNG for people. The same numbers give the same bytes: no dates, no versions, Matplotlib's own DejaVu fonts.
+Every function returns a Matplotlib figure for the notebook, and ``save`` writes it as PDF for LaTeX and as PNG for
+people. The same numbers give the same bytes: no dates, no versions, Matplotlib's own DejaVu fonts.
 """
 
 import io
@@ -24,9 +24,9 @@ from mixer.model import MlpMixer
 from mixer.system.files import PROJECT, write_whole
 
 FIGURES = PROJECT / "figures"
-WIDTH = 6.3  # inches: the text width of report.tex, so that a font size here is a font size there
+WIDTH = 6.3  # inches, the text width of report.tex, so that font sizes are those of the report
 
-BLUE, ORANGE = "#1F4E8C", "#E08A00"  # also different greys when printed
+BLUE, ORANGE = "#1F4E8C", "#E08A00"  # different greys when printed in black and white
 GREEN, PURPLE = "#3F9C7A", "#A0529A"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE)
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
@@ -60,8 +60,8 @@ _STYLE = {
     "figure.dpi": 120,  # in the notebook
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
-    "pdf.fonttype": 42,  # TrueType: publishers refuse Matplotlib's Type 3
-    "pdf.compression": 0,  # leaves the bytes to Matplotlib and fontTools, which are pinned, and not to zlib
+    "pdf.fonttype": 42,  # TrueType, since publishers reject Matplotlib's Type 3
+    "pdf.compression": 0,  # so that the bytes depend on Matplotlib and fontTools, which are pinned, and not on zlib
 }
 
 _PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g} %")
@@ -69,7 +69,7 @@ _PERCENT = FuncFormatter(lambda fraction, _: f"{100 * fraction:.6g} %")
 
 @contextmanager
 def drawing(height: float) -> Iterator[Figure]:
-    """An empty figure of the report's width, and its style while it is drawn; ``height`` in inches."""
+    """Yield an empty figure of the report's width, and apply the style meanwhile; ``height`` in inches."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(WIDTH, height))
         FigureCanvasAgg(figure)
@@ -77,7 +77,7 @@ def drawing(height: float) -> Iterator[Figure]:
 
 
 def save(figure: Figure, name: str, folder: Path | str = FIGURES) -> None:
-    """Write ``name.pdf`` and ``name.png`` into ``folder``. Raises OSError, in one sentence."""
+    """Write ``name.pdf`` and ``name.png`` into ``folder``. Raises OSError in one sentence."""
     nothing = {"pdf": dict.fromkeys(("Creator", "Producer", "CreationDate")), "png": {"Software": None}}
     for kind, metadata in nothing.items():
         content = io.BytesIO()
@@ -90,9 +90,9 @@ def save(figure: Figure, name: str, folder: Path | str = FIGURES) -> None:
 
 
 def frame(axes: Sequence[Axes], *also: float) -> None:
-    """Frame panels of one scale, from the first epoch to the last; the curves' steep start, a tenth, may lie outside.
+    """Set the limits of panels with one scale, from the first to the last epoch; the first tenth may lie outside.
 
-    also: values that have to be inside.
+    also: values that must be inside.
     """
     lines = [line for axis in axes for line in axis.lines if len(line.get_xdata()) > 2]
     last = max((max(line.get_xdata()) for axis in axes for line in axis.lines), default=1)
@@ -107,7 +107,7 @@ def frame(axes: Sequence[Axes], *also: float) -> None:
 
 
 def label_ends(axis: Axes, title: str = "", size: float = 7) -> None:
-    """Write each line's label beside its end in its colour, apart from the others, and ``title`` above them."""
+    """Write each line's label at its end, in its colour and without overlap, with ``title`` above them."""
     lines = [line for line in axis.lines if not line.get_label().startswith("_")]
     lines.sort(key=lambda line: line.get_ydata()[-1])
     low, high = axis.get_ylim()
@@ -126,7 +126,7 @@ def label_ends(axis: Axes, title: str = "", size: float = 7) -> None:
 
 
 def samples(images: np.ndarray, labels: np.ndarray, rows: int = 3) -> Figure:
-    """The first ``rows`` images of each class, a column a class. images: (N, 28, 28) uint8, labels: (N,)."""
+    """The first ``rows`` images of each class, one column per class. images: (N, 28, 28) uint8, labels: (N,)."""
     with drawing(0.64 * rows + 0.25) as figure:
         grid = figure.subplots(rows, len(CLASSES), squeeze=False)
         for label, column in enumerate(grid.T):
@@ -144,7 +144,7 @@ def _show(axis: Axes, image: np.ndarray) -> None:
 
 
 def architecture(model: MlpMixer, image: np.ndarray) -> Figure:
-    """The model from image to logits and, below, one block; all sizes are read off ``model``. image: (H, W) uint8."""
+    """The model from image to logits and, below, one block, with the sizes of ``model``. image: (H, W) uint8."""
     (height, width), (down, right) = image.shape, model.patch_size
     tokens, channels = model.num_patches, model.num_channels
     with drawing(3.15) as figure:
@@ -188,7 +188,7 @@ _BOX = {"boxstyle": "round,pad=0,rounding_size=0.04", "facecolor": "white", "edg
 
 
 def _draw_row(axis: Axes, x: float, y: float, height: float, steps: list[tuple]) -> float:
-    """Draw boxes from ``x`` on; gives their end. steps: arrow's length, text on it, box's width, label, [colour]."""
+    """Draw boxes starting at ``x``; return their end. steps: arrow length, its text, box width, label, [colour]."""
     for length, passing, width, label, *colour in steps:
         axis.annotate("", (x + length, y), (x, y), arrowprops=_ARROW, zorder=0.9)
         axis.text(x + length / 2, y + 0.06, passing, ha="center", fontsize=7)
@@ -212,7 +212,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
     reach = np.abs(np.array(proportion_confint(correct, images, method="wilson")) - accuracy)
     with drawing(3.15) as figure:
         matrix, bars = figure.subplots(1, 2, sharey=True, width_ratios=(2.2, 1))
-        norm = PowerNorm(0.4, vmin=0, vmax=counts.sum(axis=1).max())  # a linear scale would hide the mistakes
+        norm = PowerNorm(0.4, vmin=0, vmax=counts.sum(axis=1).max())  # a linear scale would hide the errors
         matrix.imshow(counts, cmap="Blues", norm=norm, aspect="auto", interpolation="none")
         for row, column in np.argwhere(counts):
             count = counts[row, column]
@@ -235,9 +235,9 @@ def confusion(labels: np.ndarray, predictions: np.ndarray) -> Figure:
 
 
 def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, rows: int = 2) -> Figure:
-    """The most confident errors, ``rows`` of eight, the most confident first.
+    """The most confident errors in ``rows`` of eight, the most confident first.
 
-    images: (N, 28, 28) uint8; labels: (N,); probabilities: (N, 10), of the softmax.
+    images: (N, 28, 28) uint8; labels: (N,); probabilities: (N, 10), after the softmax.
     """
     predictions, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predictions != labels)

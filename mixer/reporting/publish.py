@@ -1,12 +1,12 @@
-r"""From a notebook to README and report: what a notebook shows is written whole, once.
+r"""Publishes a notebook's tables and figures to README and report.
 
     publish = Publisher(results)
-    publish("results", frame, formats)                       a table: returned as it is printed
+    publish("results", frame, formats)                       a table: returned as printed
     publish("fig1_loss", figure, alt="Falling curves.")      a figure: shown, and saved as PDF and PNG
 
-A table becomes ``results.tex`` (booktabs) for the report; ``results-values.tex``, where report.tex finds each cell as
-``\val{results}{row}{column}``; and the block between ``<!-- results -->`` and ``<!-- end of results -->`` of README.md,
-where there is one. Records of a folder of one's own are published inside that folder.
+A table becomes ``results.tex`` (booktabs) for the report, and ``results-values.tex``, where report.tex finds each cell
+as ``\val{results}{row}{column}``. It also replaces the block between ``<!-- results -->`` and
+``<!-- end of results -->`` in README.md, if there is one. Records in your own folder are published inside that folder.
 """
 
 import re
@@ -25,9 +25,9 @@ Formats = Mapping[str, str | Callable[[object], str]]  # column, or level of the
 
 
 class Publisher:
-    """Writes tables and figures to the project's pages, or for records of another folder into that folder.
+    """Writes tables and figures to the project's pages, or into the folder of other records.
 
-    own: whether the pages are the project's. Every call raises OSError where a file cannot be written.
+    own: whether the pages are the project's. Every call raises OSError if a file cannot be written.
     """
 
     def __init__(self, results: Path | str = RESULTS):
@@ -39,7 +39,7 @@ class Publisher:
     def __call__(
         self, name: str, result: pd.DataFrame | Figure, formats: Formats | None = None, *, alt: str = ""
     ) -> pd.DataFrame | None:
-        """Publish a table and return it as it is printed; or save a figure and show it with its text alternative."""
+        """Publish a table and return it as printed, or save a figure and show it with its alternative text."""
         if isinstance(result, Figure):
             figures.save(result, name, self.figures)
             display(result, metadata={"image/png": {"alt": alt}})
@@ -53,7 +53,7 @@ class Publisher:
 
 
 def printed(frame: pd.DataFrame, formats: Formats | None = None) -> pd.DataFrame:
-    """The frame as words: two decimals where nothing else is said, a true minus, a dash for what is missing."""
+    """Format a frame as text: two decimals by default, a true minus sign, a dash for missing values."""
     formats = formats or {}
 
     def word(column: object, value: object) -> str:
@@ -79,12 +79,12 @@ def p_value(p: float) -> str:
 
 
 def points(difference: float) -> str:
-    """A difference of accuracies, in percentage points."""
+    """Format a difference of accuracies, in percentage points."""
     return f"{difference:+.2f}"
 
 
 def _tabular(frame: pd.DataFrame, table: pd.DataFrame) -> str:
-    """booktabs: numbers to the right, words to the left."""
+    """A booktabs table with numbers right-aligned and words left-aligned."""
     kinds = [*(frame.index.get_level_values(i).dtype for i in range(frame.index.nlevels)), *frame.dtypes]
     align = "".join("r" if pd.api.types.is_numeric_dtype(kind) else "l" for kind in kinds)
     whole = _with_index(table).map(_latex).rename(columns=_latex)
@@ -102,7 +102,7 @@ def _values(name: str, table: pd.DataFrame) -> str:
 
 
 def as_key(text: str) -> str:
-    r"""The name of a row or column, as ``\val`` takes it: letters, digits and ``.,+-`` only."""
+    r"""Turn the name of a row or column into a key for ``\val``: letters, digits and ``.,+-`` only."""
     return " ".join(re.sub(r"[^A-Za-z0-9.,+ -]", "", text.replace("−", "-").replace("–", "-")).split())
 
 
@@ -119,13 +119,13 @@ def _write_block(readme: Path, name: str, table: pd.DataFrame) -> None:
 
 
 def _with_index(table: pd.DataFrame) -> pd.DataFrame:
-    """The index as columns; one without a name has an empty head."""
+    """Turn the index into columns; an unnamed level gets an empty header."""
     names = [name or "" for name in table.index.names]
     return table.rename_axis(names).reset_index()
 
 
 def _latex(text: str) -> str:
-    """Escape what LaTeX would read as its own (×, → and − are declared in report.tex)."""
+    """Escape LaTeX's special characters (×, → and − are declared in report.tex)."""
     escaped = re.sub(r"[%&_#$]", r"\\\g<0>", str(text))
     escaped = escaped.replace("<", r"\textless{}").replace(">", r"\textgreater{}")
     return re.sub(r"(?<=\d) ?\\%", r"\\,\\%", escaped)

@@ -1,12 +1,12 @@
-"""Speed of the fast path on this machine, beside its peers.
+"""Speed of the fast path on this machine, compared with its peers.
 
     python -m mixer.studies.bench               a quarter of an hour; a file in results/bench/, shown by speed.ipynb
-    python -m mixer.studies.bench --quick       some minutes, as a trial: writes nothing
+    python -m mixer.studies.bench --quick       a trial of some minutes; writes nothing
 
 All variants train on the same batches in one process, in alternation, so that other load on the machine affects them
-alike. A step is normalised images in, forward, cross-entropy, backward, Adam. FLOP are those of the model's matrix
-products (38.5 MFLOP an image forward, three times that a step), without what the fast path recomputes in its backward
-pass. The fast path is ``accelerate``'s: the fused operator on a CPU, recorded CUDA graphs on CUDA.
+equally. A step takes normalised images: forward, cross-entropy, backward, Adam. FLOP are those of the model's matrix
+products (38.5 MFLOP per image forward, three times that per step), without the fast path's recomputation in its
+backward pass. The fast path is ``accelerate``'s: the fused operator on a CPU, recorded CUDA graphs on CUDA.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from mixer.system.files import PROJECT, check_writable, write_whole
 FOLDER, TRAIN_IMAGES = RESULTS / "bench", 60_000
 BATCHES, DROPOUTS = (256, 512), (0.0, 0.1)
 ROUNDS = {256: 10, 512: 5}
-# The first is what the others are compared with.
+# The others are compared with the first.
 LABELS = {
     "timm": "timm, eager float32",
     "float32": "this model, eager float32",
@@ -51,21 +51,21 @@ LABELS = {
 
 
 class Trainer:
-    """One variant of model and step. ``step(images, labels)`` trains once, on as many threads as PyTorch has."""
+    """A variant of model and step. ``step(images, labels)`` makes one training step, on PyTorch's number of threads."""
 
     def __init__(self, variant: str, dropout_p: float, device: torch.device, lr: float = 0.001, **sizes: Any):
         torch.manual_seed(0)
         self.device, fast = device, variant == "fast"
         self.model = (_timm if variant == "timm" else MlpMixer)(dropout_p=dropout_p, **sizes).to(device)
         bfloat16 = variant in ("bfloat16", "compile") or (fast and find_precision(device) == "bfloat16")
-        # The peers as their users write them: weights cached by autocast, no fused optimiser.
+        # Peers are set up as users do: autocast caches weights, and the optimiser is not fused.
         precision = {"enabled": bfloat16, "cache_enabled": not fast}
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, **precision)
         self.threads = fused.threads_for_the_operator if fast else contextlib.nullcontext
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=lr, **({"fused": True} if fast else {}))
         self.forward = self.model
         if variant == "compile":
-            torch._dynamo.reset()  # its limit on recompilations counts those for other models
+            torch._dynamo.reset()  # its limit on recompilations also counts other models
             self.forward = torch.compile(self.model)
         elif fast:
             with self.threads(), self.autocast():
@@ -90,7 +90,7 @@ class Trainer:
 
 
 def _timm(dropout_p: float, num_blocks: int = 8, patches_mlp_dim: int = 1024, channels_mlp_dim: int = 512) -> nn.Module:
-    """The peer: the same function and number of parameters."""
+    """The peer, with the same function and number of parameters."""
     from timm.models.mlp_mixer import MlpMixer as TimmMixer
 
     sizes = {"num_blocks": num_blocks, "mlp_ratio": (patches_mlp_dim / 16, channels_mlp_dim / 16)}
@@ -105,12 +105,12 @@ def batch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def step_flop(size: int, num_blocks: int = 8, patches_mlp_dim: int = 1024, channels_mlp_dim: int = 512) -> float:
-    """Of a training step's matrix products in the blocks: forward, and twice that backward."""
+    """FLOP of a training step's matrix products in the blocks: forward, and twice that backward."""
     return 3 * size * num_blocks * 4 * 49 * 16 * (patches_mlp_dim + channels_mlp_dim)
 
 
 def alternate(trainers: dict[str, Trainer], size: int, rounds: int, steps: int = 2) -> dict[str, list[float]]:
-    """Seconds of every step. In each round every trainer has one step that does not count, then ``steps``."""
+    """Seconds of every step. In each round, every trainer makes one uncounted step, then ``steps`` counted ones."""
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     for _, (name, trainer) in product(range(rounds), trainers.items()):
         images, labels = batch(size, trainer.device)
@@ -123,13 +123,13 @@ def alternate(trainers: dict[str, Trainer], size: int, rounds: int, steps: int =
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Milliseconds: the median, the middle half, and n."""
+    """Median, quartiles (low, high) and n, in milliseconds."""
     low, median, high = statistics.quantiles([1e3 * s for s in seconds], n=4)
     return {"median": round(median, 2), "low": round(low, 2), "high": round(high, 2), "n": len(seconds)}
 
 
 def peak(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> float:
-    """FLOP/s of a large matrix product, the best of as many as there is time for."""
+    """FLOP/s of a large matrix product, the best of all repetitions within ``seconds``."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + seconds
@@ -143,7 +143,7 @@ def peak(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> floa
 
 
 def memory(variant: str, dropout_p: float, size: int, device: torch.device) -> float:
-    """MiB at the peak of training, in a process of its own; on a CPU beyond what it takes with everything imported."""
+    """Peak MiB of training, in a separate process; on a CPU, without the memory in use after all imports."""
     if variant == "timm":
         import timm.models.mlp_mixer  # noqa: F401
     fused.available()  # loads the operator
@@ -151,7 +151,7 @@ def memory(variant: str, dropout_p: float, size: int, device: torch.device) -> f
     cuda = device.type == "cuda"
     before = 0 if cuda else _status("VmRSS")
     trainer, (images, labels) = Trainer(variant, dropout_p, device), batch(size, device)
-    if cuda:  # not what accelerate's comparison took
+    if cuda:  # without accelerate's comparison
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
         trainer.step(images, labels)
@@ -159,12 +159,12 @@ def memory(variant: str, dropout_p: float, size: int, device: torch.device) -> f
 
 
 def _status(name: str) -> float:
-    """MiB, of this process by the kernel."""
+    """A value of this process's status, in MiB."""
     return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def throughput(dropout_p: float, start: float, seconds: float) -> float:
-    """Images a second of the fast path from a time on, which several processes can share."""
+    """Images per second of the fast path from time ``start``, which several processes can share."""
     trainer, (images, labels) = Trainer("fast", dropout_p, torch.device("cpu")), batch(256, torch.device("cpu"))
     while time.time() < start:
         trainer.step(images, labels)
@@ -187,7 +187,7 @@ def _answer(child: subprocess.Popen) -> float | None:
 
 
 def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str, Any]:
-    """The content of the JSON file. Times in milliseconds a step."""
+    """Return the content of the JSON file. Times are milliseconds per step."""
     threads, precision = torch.get_num_threads(), find_precision(device)
     here = environment(device, precision) | {"path": Trainer("fast", 0.0, device).path}
     seconds = 0.5 if quick else 3
@@ -196,7 +196,7 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
     print("large products: " + ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in peaks.items()))
 
     def rows(names: list[str], dropout_p: float, size: int, rounds: int = 4, **sizes: int) -> list[dict[str, Any]]:
-        """One for each variant that runs here."""
+        """One row per variant that runs here."""
         seconds = alternate(_trainers(names, dropout_p, size, device, **sizes), size, rounds)
         first, rows = statistics.median(seconds["timm"]) * 1e3 if "timm" in seconds else None, []
         for name, of_steps in seconds.items():
@@ -237,26 +237,26 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
             scaling["threads"] += [row | {"threads": n} for row in rows(pair, 0.0, 256)]
         torch.set_num_threads(threads)
         result["one_or_many"] = one_or_many(threads)
-        print("images a second of one run on all threads, and of as many runs of one thread:", result["one_or_many"])
+        print("images per second of one run on all threads, and of one run per thread:", result["one_or_many"])
     return result | {"scaling": scaling}
 
 
 def _trainers(names: list[str], dropout_p: float, size: int, device: torch.device, **sizes: int) -> dict[str, Trainer]:
-    """Those that run here, after a first step."""
+    """Trainers of the variants that run here, after a first step."""
     trainers = {}
     for name in names:
         try:
             trainer = Trainer(name, dropout_p, device, **sizes)
             trainer.step(*batch(size, device))
             trainers[name] = trainer
-        except Exception as error:  # timm is not installed, torch.compile has no compiler
+        except Exception as error:  # say timm is not installed, or torch.compile has no compiler
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             print(f"{LABELS[name]} cannot run here ({reason})")
     return trainers
 
 
 def one_or_many(threads: int, dropout_p: float = 0.1) -> dict[str, float | None]:
-    """Images a second, in sum, of one run on all threads and of as many runs, each on one thread."""
+    """Total images per second of one run on all threads, and of as many runs with one thread each."""
 
     def total(jobs: int) -> float | None:
         start = time.time() + 15 + 3 * jobs
@@ -268,7 +268,7 @@ def one_or_many(threads: int, dropout_p: float = 0.1) -> dict[str, float | None]
 
 
 def grid_hours(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Hours that the training steps of the coursework's eight runs take, by the medians."""
+    """Hours of the training steps of the coursework's eight runs, from the medians."""
     hours: dict[str, float] = {}
     for name in LABELS:
         medians = {(r["dropout_p"], r["batch_size"]): r["median"] / 3.6e6 for r in rows if r["variant"] == name}
@@ -279,7 +279,7 @@ def grid_hours(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def file_name(environment: dict[str, Any]) -> str:
-    """One a machine."""
+    """One name per machine."""
     machine = f"{environment['device']} {environment['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "_", machine.lower()) + ".json"
 
@@ -296,8 +296,8 @@ def _line(row: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixer.studies.bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="some minutes, as a trial; writes nothing")
-    parser.add_argument("--device", help="cpu, cuda; found when not given")
+    parser.add_argument("--quick", action="store_true", help="a trial of some minutes; writes nothing")
+    parser.add_argument("--device", help="cpu or cuda (the first available)")
     parser.add_argument("--variants", nargs="+", choices=LABELS, default=list(LABELS), metavar="VARIANT",
                         help=f"some of {', '.join(LABELS)}; writes nothing")  # fmt: skip
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
@@ -322,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("Stopped; nothing is written.")
+        sys.exit("Stopped; nothing was written.")
     print(f"{path} is written.")
 
 

@@ -1,9 +1,9 @@
-"""Classical methods on the same images, by scikit-learn: what a network has to beat.
+"""Classical methods from scikit-learn on the same images: the baselines that a network has to beat.
 
-    python -m mixer.studies.classical           trains what is missing; a file each in results/classical/
+    python -m mixer.studies.classical           trains the missing ones; one file each in results/classical/
 
-All see pixels as fractions of 255 and keep scikit-learn's defaults, which were fixed before any of them was tested;
-only logistic regression gets more iterations, since 100 are not enough to converge. Nothing was tuned.
+All take pixels as fractions of 255 and use scikit-learn's defaults, which was decided before any of them was tested.
+Only logistic regression gets more iterations, since 100 are not enough to converge. Nothing was tuned.
 """
 
 import json
@@ -29,7 +29,7 @@ try:
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
 except ImportError:
-    MISSING = "scikit-learn, which this study trains, is missing: pip install -r requirements-dev.txt"
+    MISSING = "scikit-learn, which this study needs, is missing: pip install -r requirements-dev.txt"
     if __name__ == "__main__":
         sys.exit(MISSING)
     raise ImportError(MISSING, name="sklearn") from None
@@ -43,11 +43,11 @@ MODELS: dict[str, BaseEstimator] = {
     "SVM with RBF kernel": SVC(cache_size=2000),
 }
 FULL = np.float32(255)  # a pixel is a byte
-SEEN = 10_000  # training images, the first ones, of which the train accuracy is counted
+SEEN = 10_000  # training images, the first ones, for the training accuracy
 
 
 def fit_and_test(name: str, model: BaseEstimator, data: Data) -> dict[str, Any]:
-    """Content of the model's JSON file. ``seconds`` are CPU seconds of one core, for training alone."""
+    """Return the content of the model's JSON file. ``seconds`` are CPU seconds on one core, for training only."""
     images = {part: getattr(data, f"{part}_images").flatten(1).numpy() / FULL for part in ("train", "test")}
     labels = {part: getattr(data, f"{part}_labels").numpy() for part in ("train", "test")}
     with threadpool_limits(1):
@@ -69,7 +69,7 @@ def fit_and_test(name: str, model: BaseEstimator, data: Data) -> dict[str, Any]:
 
 
 def train_missing(models: dict[str, BaseEstimator], folder: Path, data: Data) -> None:
-    """Write ``folder``/NAME.json for every model that has none. Raises OSError."""
+    """Write ``folder``/NAME.json for every model without one. Raises OSError."""
     for name, model in models.items():
         path = folder / f"{name.lower().replace(' ', '_')}.json"
         if path.exists():

@@ -1,8 +1,8 @@
-"""Experiments: which configs they consist of, and which folder holds the records.
+"""Experiments: the configs of each, and the folder of its records.
 
-python -m mixer.studies.experiments                     which experiments there are
-python -m mixer.studies.experiments questions           trains what is missing, one run a core
-python -m mixer.studies.experiments questions --list    which runs are there and which are missing
+python -m mixer.studies.experiments                     lists the experiments
+python -m mixer.studies.experiments questions           trains the missing runs, one per core
+python -m mixer.studies.experiments questions --list    lists finished and missing runs
 """
 
 import argparse
@@ -26,10 +26,10 @@ from mixer.system.affinity import cores
 from mixer.system.device import find_device
 from mixer.system.files import PROJECT, SHIPPED, write_whole
 
-Sets = dict[Hashable, list[Config]]  # label -> configs that differ in their seed alone
+Sets = dict[Hashable, list[Config]]  # label -> configs that differ only in their seed
 RATES, DROPOUT, CONV = [0.001, 0.01], {"dropout_p": 0.1}, {"network": "conv"}
 ORDERS = {"as they are": "", "patches shuffled": "shuffled-patches", "pixels shuffled": "shuffled-pixels"}
-CHOICES = {  # what the report left out
+CHOICES = {  # choices that the coursework's report does not state
     "Adam": {},
     "AdamW": {"optimiser": "adamw", "weight_decay": 0.01},
     "SGD": {"optimiser": "sgd"},
@@ -40,7 +40,7 @@ CHOICES = {  # what the report left out
     "inputs divided by 255": {"inputs": "scaled"},
 }
 WAYS = {"coursework's widths": (0, 0), "equal parameters": (1, 0), "equal FLOP": (1, 1)}  # which widths are scaled
-# Patch size -> widths, with a channel for every pixel of a patch and as many parameters as the coursework (0.2 %).
+# Patch size -> widths, with one channel per pixel of a patch and the coursework's number of parameters within 0.2 %.
 IN_STEP = {2: (4, 298, 149), 4: (16, 1024, 512), 7: (49, 1428, 714), 14: (196, 546, 273)}
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
@@ -57,7 +57,7 @@ WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
 
 
 def sets(seeds: Iterable[int], settings: dict[str, Any], **varied: list[Any] | dict[str, dict[str, Any]]) -> Sets:
-    """One set for each combination of the values of fields, or of named settings; the combination is its label."""
+    """Build one set per combination of field values or named settings; the combination is its label."""
     options = [v.items() if isinstance(v, dict) else [(x, {name: x}) for x in v] for name, v in varied.items()]
     result, seeds = {}, list(seeds)
     for combination in product(*options):
@@ -68,7 +68,7 @@ def sets(seeds: Iterable[int], settings: dict[str, Any], **varied: list[Any] | d
 
 
 def questions(seeds: Sequence[int] = (0, 1)) -> dict[str, Sets]:
-    """The parts of questions.ipynb."""
+    """Sets of runs for questions.ipynb, by part."""
     ten, sizes = {"num_epochs": 10}, {}
     for (way, powers), size in product(WAYS.items(), [2, 4, 7, 14]):
         tokens, channels = ((49 / (28 // size) ** 2) ** power for power in powers)
@@ -79,13 +79,13 @@ def questions(seeds: Sequence[int] = (0, 1)) -> dict[str, Sets]:
         "skip connections": sets(seeds, ten, num_blocks=[1, 2, 4, 8, 16], skip_connections=[True, False], lr=RATES),
         "patch size": sizes,
         "left out": sets(seeds, DROPOUT | {"num_epochs": 8}, choice=CHOICES, lr=RATES),
-        "the likeliest": sets(seeds[:1], DROPOUT, gelu=["tanh"], lr=RATES)  # for 60 epochs, beside the grid's own
+        "the likeliest": sets(seeds[:1], DROPOUT, gelu=["tanh"], lr=RATES)  # for 60 epochs, beside the grid's runs
         | sets(range(3), DROPOUT, gelu=["exact"], lr=RATES),
     }
 
 
 def second_round() -> dict[str, Sets]:
-    """The parts of its appendix."""
+    """Sets of runs for the appendix of questions.ipynb, by part."""
     ten, longer = DROPOUT | {"num_epochs": 10}, DROPOUT | {"num_epochs": 120}
     seeds = {"Adam": 3, "SGD with momentum": 3, "RMSprop": 2, "AdamW": 2}
     each = [sets(range(n), DROPOUT, choice={name: CHOICES[name]}, lr=RATES) for name, n in seeds.items()]
@@ -102,9 +102,9 @@ def second_round() -> dict[str, Sets]:
 
 
 def recipe() -> dict[str, Sets]:
-    """The parts of recipe.ipynb."""
+    """Sets of runs for recipe.ipynb, by part."""
     short = RECIPES["modern"] | {"num_epochs": 20}
-    others = short | {"whiten": False, "initialisation": "flax"}  # which apply to a mixer only
+    others = short | {"whiten": False, "initialisation": "flax"}  # both apply to a mixer only
     return {
         "recipes": sets(range(3), {}, recipe={name: RECIPES[name] for name in ("modern", "distilled", "patient")}),
         "teacher": sets([0], {}, recipe={"teacher": RECIPES["teacher"]}),
@@ -114,23 +114,23 @@ def recipe() -> dict[str, Sets]:
 
 
 def shuffles() -> list[tuple[Sets, list[str]]]:
-    """Sets, and the orders of the pixels in which each is trained."""
+    """Sets of runs, each with the pixel orders that it is trained on."""
     ten = DROPOUT | {"num_epochs": 10}
     afresh = sets(range(3, 10), ten, network={"mixer": {}}) | sets(range(3, 6), ten, network={"ConvNet": CONV})
     return [(sets(range(2), ten, network={"mixer": {}, "ConvNet": CONV}), list(ORDERS)), (afresh, list(ORDERS)[:2])]
 
 
 class Stage(NamedTuple):
-    """Runs that are trained side by side, and what follows."""
+    """Runs trained side by side, and what follows them."""
 
     folder: Path  # of the records
     parts: dict[str, Sets]
-    keep: Path | None = None  # the file for the last weights of the first run
-    data: Path | None = None  # a folder that ``shuffle`` writes, in place of Fashion-MNIST
+    keep: Path | None = None  # file for the last weights of the first run
+    data: Path | None = None  # a folder written by ``shuffle``, in place of Fashion-MNIST
     then: Callable[[], None] = lambda: None
 
     def paths(self) -> dict[Config, Path]:
-        """Where each record lies. The first epochs of a run of the grid are a run too: its record is the longer one."""
+        """Path of each record. A grid run's first epochs are a shorter run too, so the path may be the longer run's."""
         paths = {}
         for config in (c for part in self.parts.values() for configs in part.values() for c in configs):
             own, longer = record_path(config, self.folder), record_path(replace(config, num_epochs=60))
@@ -150,16 +150,16 @@ class Stage(NamedTuple):
 
 
 def keep_best() -> None:
-    """Ship the weights of the grid's best run with seed 0, where this machine has trained it."""
+    """Ship the weights of the grid's best run with seed 0, if this machine has trained it."""
     weights = weights_path(Config(**best(coursework(read_records()))["config"]))
     if weights.exists():
         write_whole(SHIPPED / "best.safetensors", weights.read_bytes())
 
 
 def found(folders: Iterable[str] = ()) -> dict[Config, Record]:
-    """The records of the grid, and of these folders of ``results``, by config; also as their first 8 and 10 epochs.
+    """Records of the grid and of these folders in ``results``, by config, and cut to their first 8 and 10 epochs.
 
-    At a constant learning rate the first epochs of a run are the shorter run. Raises RecordError.
+    At a constant learning rate, the first epochs of a run equal the shorter run. Raises RecordError.
     """
     records = [record for folder in ("", *folders) for record in read_records(RESULTS / folder)]
     check_code(records)
@@ -178,7 +178,7 @@ def _experiments() -> dict[str, list[Stage]]:
     grid = {"three seeds": sets(range(3), {}, **eight), "selection": sets([0], {"validation": True}, **eight)}
     control = {"control": WITHOUT["mixup"] | WITHOUT["label smoothing"]}
     held_out = {"teacher": sets([0], RECIPES["teacher"], validation=[True])}
-    modern = {"modern": {"modern": parts["recipes"].pop("modern")}}  # of what is left, some need the teacher
+    modern = {"modern": {"modern": parts["recipes"].pop("modern")}}  # first, since some of the others need the teacher
     orders = {o: {f"round {n}": part for n, (part, names) in enumerate(shuffles(), 1) if o in names} for o in ORDERS}
     return {
         "grid": [Stage(RESULTS, grid, then=keep_best)],
@@ -193,7 +193,7 @@ def _experiments() -> dict[str, list[Stage]]:
             Stage(folder, parts | orders.pop("as they are")),
             *(Stage(folder / ORDERS[o], part, data=PROJECT / "build" / ORDERS[o]) for o, part in orders.items()),
         ],
-        # Students that are tried on the validation split are distilled from it: it has not seen that split either.
+        # The teacher of students tested on the validation split; it must not have seen that split either.
         "trial teacher": [Stage(folder, held_out, keep=weights_of("conv-validation"))],
     }
 
@@ -204,10 +204,10 @@ EXPERIMENTS = _experiments()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mixer.studies.experiments",
-        description="Train what is missing of an experiment. Finished runs are skipped, interrupted runs resume.",
+        description="Train an experiment's missing runs. Finished runs are skipped, interrupted runs resume.",
     )
     parser.add_argument("experiment", nargs="*", help=f"one of: {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--list", action="store_true", help="show which runs are there and which are missing")
+    parser.add_argument("--list", action="store_true", help="list finished and missing runs")
     options = parser.parse_args(arguments)
     name = " ".join(options.experiment)
     if name and name not in EXPERIMENTS:
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for each in [name] if name else EXPERIMENTS:
         paths = [path for stage in EXPERIMENTS[each] for path in stage.paths().values()]
         for path in paths if options.list else []:
-            print("there  " if path.exists() else "missing", path.relative_to(PROJECT))
+            print("finished" if path.exists() else "missing ", path.relative_to(PROJECT))
         print(f"{each}: {len(paths)} runs, {sum(not path.exists() for path in paths)} missing")
     if name and not options.list:
         logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,9 +1,9 @@
-"""How much of the loss's gradient reaches each block, with and without skip connections.
+"""Size of the loss gradient at each block, with and without skip connections.
 
-python -m mixer.studies.gradients       two tables in results/questions
+python -m mixer.studies.gradients       writes two tables into results/questions
 
-gradients.csv is measured on the weights that were trained here; first_epoch.csv, where it is missing, by training the
-first epoch of eight runs again (some ten minutes).
+gradients.csv is measured on the weights trained on this machine. first_epoch.csv, if missing, is measured by training
+the first epoch of eight runs again (some ten minutes).
 """
 
 import sys
@@ -25,15 +25,15 @@ from mixer.system.device import by_itself, find_device, find_precision
 from mixer.system.files import write_whole
 from mixer.training import Run, part_of
 
-IMAGES, BATCH = 1000, 100  # the first training images; as many at a time as stay in cache
-STEPS = 1, 2, 3, 4, 5, 10, 20, 50, 100, 235  # of the first epoch; the last one is its end
+IMAGES, BATCH = 1000, 100  # the first training images; images per batch, which stay in the cache
+STEPS = 1, 2, 3, 4, 5, 10, 20, 50, 100, 235  # of the first epoch, the last of which ends it
 
 
 def gradient_norms(model: MlpMixer, data: Data) -> list[float]:
-    """For each block the norm of the gradient of an image's loss with respect to the block's output: a mean of IMAGES.
+    """Norm of the gradient of an image's loss with respect to each block's output, averaged over IMAGES images.
 
-    All outputs are tables (patches, channels) of one size, so that the norms of two blocks can be compared. float32;
-    the model is put into evaluation mode. Where the head is zero, so are the norms.
+    All outputs have the same size (patches, channels), so the norms of two blocks can be compared. Computed in float32
+    and in evaluation mode, which is left on. If the head is zero, so are the norms.
     """
     return _norms_and_loss(model, data)[0]
 
@@ -47,7 +47,7 @@ def _norms_and_loss(model: MlpMixer, data: Data) -> tuple[list[float], float]:
             outputs = [model.embed(normalise(batch, data.pixel_mean, data.pixel_std))]
             for block in model.blocks:
                 outputs.append(block(outputs[-1]))
-            # Of a sum of losses the gradient with respect to an image's output is that of its own loss.
+            # In a sum of losses, the gradient with respect to an image's output is that of its own loss.
             loss = F.cross_entropy(model.classify(outputs[-1]), answers, reduction="sum")
             gradients = torch.autograd.grad(loss, outputs[1:])
             total += torch.stack([gradient.flatten(1).norm(dim=1).sum() for gradient in gradients]).cpu()
@@ -77,10 +77,10 @@ def measure(folder: Path, data: Data) -> pd.DataFrame:
 
 
 def first_epoch(config: Config, data: Data, device: str | torch.device | None = None) -> pd.DataFrame:
-    """Train the config's first epoch; after each of STEPS, block by block, ``gradient_norms`` and the mean loss.
+    """Train the config's first epoch; after each of STEPS, measure ``gradient_norms`` and the mean loss.
 
-    Columns run, step, loss, block (from 1), norm; the loss is that of the same images in the same mode. Measuring does
-    not change the training. Device as for ``train``.
+    Columns: run, step, loss, block (from 1), norm. The loss is on the same images in the same mode. Measuring does not
+    change the training. Device as in ``train``.
     """
     device, rows, steps = find_device(device), [], 0
     with by_itself(device):
@@ -99,7 +99,7 @@ def first_epoch(config: Config, data: Data, device: str | torch.device | None = 
 
 
 def main() -> None:
-    """Measure both tables; the second takes eight blocks without dropout, with and without skip connections."""
+    """Measure both tables; the second uses eight blocks without dropout, with and without skip connections."""
     configs = grid(dropouts=0.0, batch_sizes=256, seeds=[0, 1], num_epochs=10, skip_connections=[True, False])
     folder = RESULTS / "questions"
     try:

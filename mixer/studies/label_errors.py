@@ -1,8 +1,8 @@
 """Training images whose label may be wrong: those that all final models assign to the same other class.
 
-    python -m mixer.studies.label_errors          results/recipe/labels.csv, from the weights that were trained here
+    python -m mixer.studies.label_errors          writes results/recipe/labels.csv, from weights trained here
 
-The models, of the recipe "modern", were trained on these labels. Whether one is wrong or ambiguous, people have to say.
+The models, from the recipe "modern", were trained on these labels. Whether a label is wrong is for people to judge.
 """
 
 import sys
@@ -26,9 +26,9 @@ FOLDER, SEEDS = RESULTS / "recipe", (0, 1, 2)
 
 
 def disputed(models: Sequence[MlpMixer], data: Data) -> pd.DataFrame:
-    """The training images for which all models agree on a class other than the label; the most confident first.
+    """List the training images for which all models agree on a class other than the label, most confident first.
 
-    Columns: image (its index), label, answer, and the answer's probability, a mean over the models.
+    Columns: image (its index), label, answer, and the answer's probability, averaged over the models.
     """
     with fused.threads_for_the_operator():
         how = find_precision(data.train_images.device), data.pixel_mean, data.pixel_std
@@ -53,7 +53,7 @@ def main() -> None:
         write_whole(path, frame.to_csv(index=False, float_format="%.4f", lineterminator="\n").encode())
     except (DataError, ValueError, OSError) as error:
         sys.exit(str(error))
-    print(f"results/recipe/labels.csv has {len(frame)} training images.")
+    print(f"results/recipe/labels.csv lists {len(frame)} training images.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Fashion-MNIST with the patches, or the pixels, of every image in one other order.
+"""Fashion-MNIST with the patches, or the pixels, of all images shuffled in the same way.
 
     python -m mixer.studies.shuffle FOLDER      writes FOLDER/shuffled-patches and FOLDER/shuffled-pixels
 
-Both are data sets in Fashion-MNIST's layout: ``python -m mixer --data FOLDER/shuffled-patches`` trains on one.
+Both have Fashion-MNIST's layout: ``python -m mixer --data FOLDER/shuffled-patches`` trains on one.
 """
 
 import argparse
@@ -18,11 +18,11 @@ from mixer.data import Data, DataError, idx_file
 from mixer.download import SHA256
 from mixer.system.files import write_whole
 
-SIDES = {"shuffled-patches": 4, "shuffled-pixels": 1}  # of the squares that are moved whole
+SIDES = {"shuffled-patches": 4, "shuffled-pixels": 1}  # of the squares that are moved as a whole
 
 
 def order(count: int) -> Tensor:
-    """For each of ``count`` places the square that moves there, int64; always the same permutation."""
+    """For each of ``count`` positions, the index of the square that moves there, int64; a fixed permutation."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
@@ -38,14 +38,14 @@ def shuffle_squares(images: Tensor, side: int) -> Tensor:
 
 
 def write(data: Data, folder: Path) -> None:
-    """Write ``data`` as ``data.load_folder`` reads it. Raises OSError."""
+    """Write ``data`` in the format of ``data.load_folder``. Raises OSError."""
     for name, field in zip(SHA256, ("train_images", "train_labels", "test_images", "test_labels"), strict=True):
         write_whole(folder / name, idx_file(getattr(data, field)))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixer.studies.shuffle", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where the two data sets go, 50 MB each")
+    parser.add_argument("folder", type=Path, help="folder for the two data sets, 50 MB each")
     try:
         folder, data = parser.parse_args(arguments).folder, fashion_mnist.load()
         for name, side in SIDES.items():

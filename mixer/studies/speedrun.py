@@ -1,12 +1,12 @@
-"""Time to the coursework's accuracy: the seconds of training until 89.17 % of the test images are classified.
+"""Time to the coursework's accuracy: seconds of training until 89.17 % of the test images are classified correctly.
 
     python -m mixer.studies.speedrun            ten runs of the recipe "speedrun"; a file in results/speedrun/
 
-One run at a time has the whole machine. Its seconds last from the call of ``train`` to the record, testing included,
-with the data in memory and after a short run, which pays for what is done once a process. The accuracy is that of the
-last epoch. The peer is timm's model in a plain loop with the coursework's best set. A few of its steps are measured
-before each of our runs, so that both see the same machine, and extrapolated to the epoch in which our record of that
-set first reaches the accuracy. Its testing and batching are not counted.
+Each run has the whole machine. Its time runs from the call of ``train`` to the record, testing included. The data are
+in memory, and a short run beforehand absorbs the start-up costs of the process. The accuracy is that of the last epoch.
+The peer is timm's model in a plain loop with the coursework's best set. A few of its steps are timed before each of
+our runs, so that both see the same machine, and extrapolated to the epoch in which our record of that set first
+reaches the accuracy. Its testing and batching are not counted.
 """
 
 import argparse
@@ -35,7 +35,7 @@ COURSEWORK = Config(lr=0.01, dropout_p=0.1, batch_size=256)  # its best set
 
 
 def measure(config: Config, runs: int, data: Data, device: torch.device, records: list[Record]) -> dict[str, Any]:
-    """Content of the JSON file, from ``runs`` seeds and data on the device. Raises ValueError when a run diverges."""
+    """Return the JSON file's content for ``runs`` seeds; data on the device. Raises ValueError if a run diverges."""
     sizes = {name: getattr(config, name) for name in ("num_blocks", "patches_mlp_dim", "channels_mlp_dim")}
     peer = Trainer("timm", COURSEWORK.dropout_p, device, lr=COURSEWORK.lr, **sizes)
     short = replace(config, num_epochs=1, limit=min(config.batch_size, len(data.train_labels)))
@@ -64,7 +64,7 @@ def measure(config: Config, runs: int, data: Data, device: torch.device, records
 
 
 def extrapolate(records: list[Record], epoch_seconds: float) -> list[dict[str, Any]]:
-    """For each record of the coursework's best set the first epoch that reaches TARGET, and the seconds until then."""
+    """For each record of the coursework's best set: the first epoch that reaches TARGET, and the seconds until then."""
     rows = []
     for record in records:
         config = Config(**record["config"])
@@ -75,13 +75,13 @@ def extrapolate(records: list[Record], epoch_seconds: float) -> list[dict[str, A
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Of two values or more."""
+    """Summarise two or more values."""
     of = {"mean": statistics.fmean, "std": statistics.stdev, "min": min, "max": max, "n": len}
     return {name: round(function(values), 5) for name, function in of.items()}
 
 
 def report(result: dict[str, Any]) -> str:
-    """A measurement as text."""
+    """Format a measurement as text."""
     rows, timm = result["runs"], result["timm"]
     seconds, accuracy = (spread([row[name] for row in rows]) for name in ("seconds", "test_accuracy"))
     reached = sum(row["test_accuracy"] >= result["target"] for row in rows)
@@ -91,7 +91,7 @@ def report(result: dict[str, Any]) -> str:
         f"{reached} of {len(rows)} runs reach {result['target']:.2%} in their last epoch",
         f"test accuracy: {percent(accuracy)}",
         f"seconds: {tenths(seconds)}",
-        f"{LABELS['timm']}, the coursework's best set, seconds an epoch: {tenths(timm['epoch_seconds'])}",
+        f"{LABELS['timm']}, the coursework's best set, seconds per epoch: {tenths(timm['epoch_seconds'])}",
     ]
     for row in timm["extrapolated"]:
         ours = f"our own run of this set with seed {row['seed']}"
@@ -104,11 +104,11 @@ def report(result: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mixer.studies.speedrun", description=__doc__.partition("\n")[0])
-    parser.add_argument("--runs", type=int, default=10, metavar="N", help="seeds from 0 on; 2 or more (10)")
-    parser.add_argument("--device", help="cpu, cuda; found when not given")
+    parser.add_argument("--runs", type=int, default=10, metavar="N", help="number of seeds, from 0 on; at least 2 (10)")
+    parser.add_argument("--device", help="cpu or cuda (the first available)")
     options = parser.parse_args(arguments)
     if options.runs < 2:
-        parser.error(f"--runs is {options.runs}, but a spread takes 2 or more")
+        parser.error(f"--runs is {options.runs}, but it has to be at least 2")
     if importlib.util.find_spec("timm") is None:
         sys.exit("timm, the peer in this comparison, is missing: pip install -r requirements-dev.txt")
     try:
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (DataError, ValueError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        sys.exit("Stopped; nothing is written.")
+        sys.exit("Stopped; nothing was written.")
     print(f"{path} is written.")
 
 

@@ -19,8 +19,8 @@ import torch
 
 from mixer.system.affinity import cores
 
-# On exit, Python would search all of PyTorch's objects for garbage. That takes a second; on a busy machine, more than the
-# four after which Dask reports a worker as killed.
+# On exit, Python would search all of PyTorch's objects for garbage. That takes a second; on a busy machine, more than
+# the four after which Dask reports a worker as killed.
 atexit.register(gc.freeze)
 
 _position: int | None = None
