@@ -1,15 +1,15 @@
 # make            the report: set-up, data, executed notebooks, figures, report/report.pdf
-# make test       unit tests, and the notebooks compared with what they show when run again
-# make grid       train what is missing of the coursework's grid, with three seeds
-# make questions  train what is missing of the runs of notebooks/questions.ipynb, and measure their gradients;
-#                 make second-round: of those planned in its appendix
-# make recipe     train what is missing of the runs of notebooks/recipe.ipynb, the most important ones first
-# make data       Fashion-MNIST into data/
+# make test       unit tests, and a comparison of the notebooks' outputs with a new run
+# make grid       train the missing runs of the coursework's grid, with three seeds
+# make questions  train the missing runs of notebooks/questions.ipynb, and measure their gradients;
+#                 make second-round: those planned in its appendix
+# make recipe     train the missing runs of notebooks/recipe.ipynb, the most important ones first
+# make data       download Fashion-MNIST into data/
 # make bench      measure the fast path on this machine
 # make speedrun   measure the time to the coursework's accuracy on this machine
 # make notebook   run the notebooks and keep their outputs (after a change)
 # make clean      remove build/ and .venv/
-# make help       this list
+# make help       show this list
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,13 +18,13 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 RESULTS := $(wildcard mixer/weights/*.safetensors results/*.json results/*/*.json results/*/*/*.json results/*/*.csv)
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
-.NOTPARALLEL:  # every notebook has a table in README.md
+.NOTPARALLEL:  # every notebook writes a table into README.md
 .PHONY: report test grid questions second-round recipe trial-teacher data bench speedrun notebook clean help
 .DELETE_ON_ERROR:
 
 report: build/report
 
-# With an argument that apt knows: install it when we may.
+# Installs the packages named after it with apt, if permitted.
 APT = if [ "$$(id -u)" = 0 ]; then apt=apt-get; elif sudo -n true 2>/dev/null; then apt="sudo apt-get"; else exit 1; fi; \
 	command -v apt-get >/dev/null && $$apt update -qq && DEBIAN_FRONTEND=noninteractive $$apt install -y -qq --no-install-recommends
 
@@ -32,10 +32,10 @@ APT = if [ "$$(id -u)" = 0 ]; then apt=apt-get; elif sudo -n true 2>/dev/null; t
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12, for instance."; exit 1; }
 	@[ ! -e .venv ] || $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-		{ echo ".venv is broken or of an older Python: run make clean, then make again."; exit 1; }
+		{ echo ".venv is broken or has an older Python: run make clean, then make again."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || ($(APT) python3-venv) >/dev/null 2>&1 || \
 		{ echo "Python's venv is missing: sudo apt install python3-venv, then run make again."; exit 1; }
-	@echo "Installing PyTorch, Jupyter and what they need into .venv: some minutes."
+	@echo "Installing PyTorch, Jupyter and their dependencies into .venv takes some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
@@ -57,7 +57,7 @@ bench: .venv/installed-dev
 speedrun: .venv/installed-dev
 	$(BIN)/python -m mixer.studies.speedrun
 
-# The notebooks are run into build/: what is committed stays as it is. They write figures/, report/generated/ and the
+# The notebooks run in build/, so the committed ones stay unchanged. They write figures/, report/generated/ and the
 # tables of README.md.
 build/%.ipynb: notebooks/%.ipynb $(CODE) $(RESULTS) .venv/installed
 	@$(BIN)/python -m mixer.data
@@ -71,9 +71,9 @@ notebook: .venv/installed
 build/report: $(EXECUTED) $(wildcard report/*.tex report/*.bib)
 	@kpsewhich lmodern.sty booktabs.sty microtype.sty >/dev/null 2>&1 && command -v latexmk >/dev/null || \
 		($(APT) latexmk texlive-latex-recommended texlive-fonts-recommended lmodern) >/dev/null 2>&1 || \
-		{ echo "All is made but the PDF, which needs LaTeX: sudo apt install latexmk texlive-latex-recommended" \
+		{ echo "Everything is made except the PDF, which needs LaTeX: sudo apt install latexmk texlive-latex-recommended" \
 		"texlive-fonts-recommended lmodern, then run make again."; exit 1; }
-	@rm -f report/report.aux report/report.bbl report/report.out report/report.fdb_latexmk  # cut short where it was stopped
+	@rm -f report/report.aux report/report.bbl report/report.out report/report.fdb_latexmk  # perhaps incomplete
 	cd report && SOURCE_DATE_EPOCH=0 FORCE_SOURCE_DATE=1 latexmk -pdf -interaction=nonstopmode -halt-on-error -silent report
 	@touch $@
 	@echo "The report is report/report.pdf; the notebooks as run here are in build/."

@@ -1,7 +1,7 @@
 import os
 import signal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin make tests beside other work ten times slower
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make tests ten times slower on a busy machine
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from mixer.data import Data
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C work in the tests' processes also where a shell started pytest in the background, without it."""
+    """Enable Ctrl-C in the tests' processes even if a shell started pytest in the background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -25,7 +25,7 @@ def data() -> Data:
 
 @pytest.fixture(scope="session")
 def few(data: Data) -> Data:
-    """The first images of Fashion-MNIST: enough to learn a little in a second."""
+    """The first images of Fashion-MNIST, enough to learn a little in a second."""
     return first_images(data)
 
 

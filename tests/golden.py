@@ -1,9 +1,9 @@
-"""Golden records: what one epoch of many configs gives, bit for bit, as hashes in golden.json for each processor.
+"""Golden records: the bits of one epoch of many configs, as hashes in golden.json for each processor.
 
-    python tests/golden.py             compare this machine's with golden.json
-    python tests/golden.py --write     keep them, after a change that is meant to change bits
+    python tests/golden.py             compare this machine's bits with golden.json
+    python tests/golden.py --write     record them, after a change that is meant to change bits
 
-A change that is not meant to keeps them. On one thread, since eager PyTorch's sums depend on the number of threads.
+Any other change must keep the bits. Run on one thread, since eager PyTorch's sums depend on the number of threads.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ WITH_DROPOUT = {"lr": 0.001, "dropout_p": 0.1}
 
 
 def configs(eager: bool) -> dict[str, dict]:
-    """Name -> what differs from the coursework's config. The eager ones are small, since eager is slow."""
+    """Name -> differences from the coursework's config. Eager runs are small, since eager is slow."""
     if eager:
         return {
             "dropout": SMALL | WITH_DROPOUT,
@@ -68,13 +68,13 @@ def configs(eager: bool) -> dict[str, dict]:
 
 
 def golden(wanted: Collection[str] = ()) -> dict[str, str]:
-    """Name and precision -> hash of the history and of the trained weights: of all, or of those that are wanted."""
+    """Name and precision -> hash of history and trained weights, for all configs or for the wanted ones."""
     data = first_images(load(), 2000, 500)
     few, threads = replace(data.first(600), name="few"), torch.get_num_threads()
     answers = {}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MIXER_DATA", folder)  # where a teacher's answers are kept
+        patch.setenv("MIXER_DATA", folder)  # where a teacher's logits are kept
         patch.setattr(distillation, "WEIGHTS", Path(folder))
         for eager in (False, True):
             patch.setattr(fused, "WANTED", not eager)
@@ -86,7 +86,7 @@ def golden(wanted: Collection[str] = ()) -> dict[str, str]:
                 for precision in sorted({"float32", find_precision(torch.device("cpu"))}):
                     entry = f"{'eager ' if eager else ''}{name}, {precision}"
                     if entry == "tanh, float32" or (wanted and entry not in wanted):
-                        continue  # the first is new in the operator, so no record is of it
+                        continue  # the first is new in the operator, so it has no record
                     if config.teacher:
                         train(
                             Config(network="conv", num_epochs=1, lr=0.003),
@@ -109,7 +109,7 @@ def digest(config: Config, data: Data, precision: str) -> str:
 
 
 def this_machine() -> str:
-    """The processor with PyTorch's version."""
+    """The processor and PyTorch's version."""
     return f"{environment(torch.device('cpu'), 'float32')['device']}, torch {torch.__version__.partition('+')[0]}"
 
 

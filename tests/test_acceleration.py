@@ -27,7 +27,7 @@ def mixer(**settings) -> MlpMixer:
 
 
 def written(activation=F.gelu, eps=1e-6):
-    """MixerBlock.forward in other words."""
+    """MixerBlock.forward, written differently."""
 
     def forward(self, x):
         y = F.layer_norm(x, (16,), self.patches_norm.weight, self.patches_norm.bias, eps).mT
@@ -143,7 +143,7 @@ def test_leaves_the_model_and_the_generators_unchanged(forward, monkeypatch):
     assert [id(parameter.grad) for parameter in model.parameters()] == list(map(id, gradients))
 
 
-def test_trains_what_is_written_in_forward(few, monkeypatch):
+def test_trains_an_edited_forward(few, monkeypatch):
     monkeypatch.setattr(MixerBlock, "forward", written(F.relu))
     record = train(SHORT, data=few, **RUN)
     monkeypatch.setattr(fused, "available", lambda bfloat16=False: False)

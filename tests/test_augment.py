@@ -1,4 +1,4 @@
-"""Augmentation moves, mirrors and cuts images, each image in its own way."""
+"""Augmentation moves, mirrors and cuts out parts of images, each independently."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_draws_nothing_from_the_generator_without_flip_and_shift(images):
     assert torch.equal(generator.get_state(), before)
 
 
-def test_moves_and_cuts_all_colours_of_an_image_alike(images):
+def test_moves_and_cuts_all_channels_of_an_image_alike(images):
     colours, generator = images.view(100, 4, 28, 28)[:, :3], torch.Generator()
     views = draw_views(100, generator, flip=True, shift=2)
     for change in (lambda i: view(i, views, 2), lambda i: cut_out(i, generator.manual_seed(0), 7)):

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: a checkpoint, from which it resumes bit for bit, and the weights of its best epoch."""
+"""A run resumes bit for bit from its checkpoint, and saves the weights of its best and last epochs."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def uninterrupted(few) -> dict:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[int]:
-    """The numbers of the epochs that are trained from now on."""
+    """The numbers of the epochs trained from now on."""
     epochs, train_epoch = [], Run.train_epoch
 
     def counted(self, *callbacks):
@@ -51,7 +51,7 @@ def trained(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def checkpoint(few, tmp_path) -> Path:
-    """Of two of SHORT's three epochs."""
+    """The checkpoint after two of SHORT's three epochs."""
     with pytest.raises(Interrupted, match=r"^Interrupted after 2 of 3 epochs; .*has them\.$") as interrupted:
         run(few, checkpoint=str(tmp_path / "run.pt"), on_epoch=stop_after(2))
     handed_on = pickle.loads(pickle.dumps(interrupted.value))  # by a process
@@ -71,7 +71,7 @@ def stop_after(last: int):
 
 
 def test_resumes_after_kills_at_random_moments_with_the_same_record(tmp_path, uninterrupted):
-    """Real processes, real SIGKILLs, until one of them gets to the end."""
+    """Kill real processes until one of them finishes."""
     context, moments = multiprocessing.get_context("forkserver"), random.Random(0)
     context.set_forkserver_preload(["mixer.training"])
     outcome, kills, patience = tmp_path / "record.json", 0, 0.1
@@ -83,7 +83,7 @@ def test_resumes_after_kills_at_random_moments_with_the_same_record(tmp_path, un
         process.kill()
         process.join()
         assert process.exitcode in (0, -9)
-        patience *= 1.1  # so that the test ends on a slow machine too
+        patience *= 1.1  # so that the test ends even on a slow machine
     assert kills >= 5 and timeless(json.loads(outcome.read_text()))["history"] == timeless(uninterrupted)["history"]
 
 
@@ -93,7 +93,7 @@ def train_in_a_process(folder: Path) -> None:
     (folder / "incoming").rename(folder / "record.json")
 
 
-def test_ctrl_c_in_ipython_leaves_a_checkpoint_and_says_so_without_a_traceback(tmp_path):
+def test_ctrl_c_in_ipython_leaves_a_checkpoint_and_no_traceback(tmp_path):
     code = f"""from mixer import Config, train
 train(Config(num_epochs=500, num_blocks=1, limit=256), progress=False, checkpoint={str(tmp_path / "run.pt")!r})"""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -131,7 +131,7 @@ def test_resumes_a_custom_model_but_no_other_one(few, tmp_path, trained, caplog,
         assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts from the beginning.")
 
 
-# What cannot be used or written
+# Unusable and unwritable files
 
 
 def flipped(content: bytes, place: int) -> bytes:
@@ -177,7 +177,7 @@ def test_checkpoint_depends_on_data_precision_and_an_eager_models_threads(few, m
     assert len(keys | {key(Run(*each)) for each in made}) == 4 + sum(eager_ones)
 
 
-def test_full_disk_is_one_sentence_and_costs_no_finished_epoch(few, checkpoint, uninterrupted, trained):
+def test_full_disk_gives_one_sentence_and_costs_no_finished_epoch(few, checkpoint, uninterrupted, trained):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
@@ -193,7 +193,7 @@ def test_full_disk_is_one_sentence_and_costs_no_finished_epoch(few, checkpoint, 
 
 
 @pytest.mark.parametrize("tested", [100, 1])  # with one image, epochs tie: the first of the best is kept
-def test_weights_are_those_of_the_best_epoch_and_the_same_bytes_every_time(few, tmp_path, tested):
+def test_weights_of_the_best_epoch_are_the_same_bytes_every_time(few, tmp_path, tested):
     one, other, heads = tmp_path / "one.safetensors", tmp_path / "other.safetensors", []
     some = replace(few, test_images=few.test_images[:tested], test_labels=few.test_labels[:tested])
     record = run(some, weights=str(one), on_epoch=lambda epoch, model: heads.append(model.head.weight.detach().clone()))
@@ -205,7 +205,7 @@ def test_weights_are_those_of_the_best_epoch_and_the_same_bytes_every_time(few, 
         assert (origin["name"], origin["epoch"]) == (SHORT.name, epoch["epoch"])
 
 
-def test_diverged_run_leaves_no_weights_of_its_last_step_and_none_of_another_training(few, tmp_path):
+def test_diverged_run_leaves_no_last_weights_and_none_of_an_earlier_run(few, tmp_path):
     weights, wild = tmp_path / "run.safetensors", replace(SHORT, lr=10.0, optimiser="sgd")
     run(few, weights=weights)
     record = run(few, wild, weights=weights)

@@ -1,4 +1,4 @@
-"""What seeds say about sets of settings, held against what the same numbers give by hand."""
+"""Comparisons of sets of settings, checked against calculations by hand."""
 
 from dataclasses import asdict, replace
 
@@ -21,7 +21,7 @@ def made(**sets: list[float]) -> pd.Series:
     return pd.Series(rows, name="accuracy").rename_axis(["set", "seed"])
 
 
-def test_the_outcome_is_that_of_the_last_epochs_by_set_and_seed():
+def test_outcome_is_the_mean_of_the_last_epochs_by_set_and_seed():
     first, second = (Config(num_epochs=3, seed=seed) for seed in (0, 1))
     gone = replace(first, lr=0.1)
     sets = {("plain", 1): [first, second], ("fast", 2): [gone]}
@@ -41,7 +41,7 @@ def test_sets_have_count_mean_and_range():
     assert table.to_numpy().tolist() == [[2, 90.5, 90, 91], [1, 89, 89, 89]]
 
 
-def test_two_sets_are_students_test_of_equal_variances():
+def test_two_sets_give_students_t_test_with_equal_variances():
     accuracy = made(one=[90.0, 91.0, 92.5], two=[88.0, 89.5])
     row = compare(accuracy, {"one − two": ("one", "two")}).loc["one − two"]
     student = stats.ttest_ind(accuracy["one"], accuracy["two"])

@@ -1,4 +1,4 @@
-"""A data set arrives whole or not at all, with one sentence that says why; what was there before stays."""
+"""A data set is complete or rejected with one sentence that says why; existing files stay."""
 
 import contextlib
 import gzip
@@ -28,7 +28,7 @@ NAMES = tuple(SHA256)
 
 
 def own_data(train: int = 48, test: int = 12, **changes) -> Data:
-    """Three classes of images of 5 × 7 pixels, no two alike."""
+    """Three classes of 5 × 7 images, no two of them equal."""
     images = torch.arange((train + test) * 35).remainder(251).to(torch.uint8).view(-1, 5, 7)
     images[:, 0, 0] = torch.arange(train + test)
     labels = torch.arange(train + test) % 3
@@ -131,7 +131,7 @@ def test_loads_your_own_folder(tmp_path, packed):
 
 
 def of_torchvision(kind: type[VisionDataset], transform: Callable | None = None, **held) -> VisionDataset:
-    """A dataset as it is after reading its files."""
+    """A dataset in the state after reading its files."""
     dataset = kind.__new__(kind)
     VisionDataset.__init__(dataset, "nowhere", transform=transform)
     vars(dataset).update(held)
@@ -184,7 +184,7 @@ def test_rejects_a_damaged_folder(tmp_path, name, damage, sentence):
     path.rename(tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=sentence) as caught:
         load_folder(tmp_path)
-    assert repr(pickle.loads(pickle.dumps(caught.value))) == repr(caught.value)  # as from a worker process
+    assert repr(pickle.loads(pickle.dumps(caught.value))) == repr(caught.value)  # as in a worker process
 
 
 @pytest.fixture
@@ -254,12 +254,12 @@ def test_names_the_mirrors_fault_and_leaves_nothing(raw, package, monkeypatch, c
 
 
 def test_two_downloads_at_once_do_no_harm(raw, package, capfd):
-    (raw / ".incoming-killed").mkdir(parents=True)  # what a killed process leaves
+    (raw / ".incoming-killed").mkdir(parents=True)  # left by a killed process
     asked = []
     with mirror(lambda request: asked.append(send(package)(request))), ThreadPoolExecutor(2) as threads:
         list(threads.map(lambda _: download.prepare(), range(2)))
     assert complete(raw) and capfd.readouterr() == ("", "")
-    assert len(asked) == 2 * len(NAMES)  # torchvision asks twice for each file, to follow redirections
+    assert len(asked) == 2 * len(NAMES)  # torchvision requests each file twice, to follow redirections
 
 
 def test_downloads_the_package_with_apt(raw, package, tmp_path):
@@ -300,7 +300,7 @@ def test_rejects_other_content_from_any_source(raw, package, monkeypatch):
 def test_leaves_a_foreign_file_alone(raw, package, monkeypatch, kind):
     monkeypatch.setattr(download, "DEBIAN_FOLDER", package)
     path = write_idx(raw, own_data()) / (f"{NAMES[1]}.gz" if kind == "a packed file" else NAMES[1])
-    for name in NAMES[1], NAMES[3]:  # the other could be completed
+    for name in NAMES[1], NAMES[3]:  # the second could be completed
         (raw / name).unlink()
     _ = path.mkdir() if kind == "a folder" else path.write_bytes(gzip.compress(b"my own labels"))
     before = {file.name: file.stat() for file in raw.iterdir()}

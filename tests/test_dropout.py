@@ -1,4 +1,4 @@
-"""Dropout drops what it says, at random, and the same by the same seed."""
+"""Dropout drops the right share at random, and the same elements for the same seed."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from mixer.kernels.dropout import Dropout, dropout_scale
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_mean_and_variance_are_those_of_the_probability(p):
+def test_mean_and_variance_match_the_probability(p):
     scale = dropout_scale(torch.Size((1024, 1024)), p, torch.tensor(5))
     assert scale.unique().tolist() == [0.0, pytest.approx(1 / (1 - p), rel=1e-4)]
     assert abs(scale.mean() - 1) < 4 * (p / (1 - p)) ** 0.5 / 1024
@@ -36,12 +36,12 @@ def test_masks_are_independent_of_neighbours_rows_and_seeds():
     }
     for name, (a, b) in others.items():
         assert abs((a * b).mean() / 0.21) < 4.5 / a.numel() ** 0.5, name
-    for sums in (m.sum(0), m.sum(1)):  # scatter as those of independent draws do
+    for sums in (m.sum(0), m.sum(1)):  # vary as independent draws do
         count = m.numel() / len(sums)
         assert abs(sums.var() / (0.21 * count) - 1) < 4.5 * (2 / len(sums)) ** 0.5
 
 
-def test_a_seed_gives_the_masks_of_the_records():
+def test_a_seed_gives_the_masks_of_existing_records():
     kept = dropout_scale(torch.Size((2, 3, 5)), 0.5, torch.tensor(2**61 + 5)) > 0
     rows = ["".join("01"[k] for k in row) for row in kept.flatten(0, 1).tolist()]
     assert rows == ["00000", "01101", "11111", "01110", "11111", "00111"]
@@ -50,7 +50,7 @@ def test_a_seed_gives_the_masks_of_the_records():
 
 
 @pytest.mark.parametrize("shape", [(7,), (1,), (3, 1), (2, 3, 9), (0, 4)], ids=str)
-def test_any_shape_has_the_same_mask_row_by_row(shape):
+def test_every_shape_has_the_same_mask_row_by_row(shape):
     scale = dropout_scale(torch.Size(shape), 0.4, torch.tensor(9))
     whole = dropout_scale(torch.Size((6, 10)), 0.4, torch.tensor(9))
     rows = math.prod(shape[:-1])
@@ -59,7 +59,7 @@ def test_any_shape_has_the_same_mask_row_by_row(shape):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["default generator", "own generator"])
-def test_each_call_draws_one_seed_and_seeds_draws_those_of_many(own):
+def test_each_call_draws_one_seed_and_seeds_draws_many(own):
     def module():
         torch.manual_seed(3)
         return Dropout(0.3, torch.Generator().manual_seed(3) if own else None)
@@ -71,7 +71,7 @@ def test_each_call_draws_one_seed_and_seeds_draws_those_of_many(own):
         assert torch.equal(one(y), y * dropout_scale(y.shape, 0.3, seed))
 
 
-def test_leaves_pytorchs_generator_alone_where_nothing_is_drawn_from_it():
+def test_leaves_pytorchs_generator_alone_unless_it_is_used():
     y, before = torch.randn(2, 3), torch.get_rng_state()
     Dropout(0.5, torch.Generator())(y)
     assert Dropout(0.5).eval()(y) is y and Dropout(0.0)(y) is y
@@ -91,12 +91,12 @@ def test_drops_the_gradient_where_it_drops_the_value():
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, -0.1, math.nan])
-def test_rejects_what_is_no_probability_below_one(p):
+def test_rejects_a_probability_outside_zero_to_one(p):
     with pytest.raises(ValueError, match="dropout_p must be at least 0 and below 1"):
         Dropout(p)
 
 
-def test_copies_go_on_from_the_same_seed():
+def test_copies_continue_from_the_same_seed():
     one = Dropout(0.5, torch.Generator().manual_seed(4))
     one.seeds()
     copies = [copy.deepcopy(one), pickle.loads(pickle.dumps(one))]

@@ -14,7 +14,7 @@ RUNS = [(stage, config) for stages in EXPERIMENTS.values() for stage in stages f
 @pytest.mark.parametrize("folder", ["questions", "recipe"])
 def test_every_record_belongs_to_an_experiment_or_is_a_trial(folder):
     others = set((RESULTS / folder).rglob("lr*.json")) - {record_path(config, stage.folder) for stage, config in RUNS}
-    assert all(read_record(path)["config"]["validation"] for path in others)  # only trials are on the validation split
+    assert all(read_record(path)["config"]["validation"] for path in others)  # only trials use the validation split
 
 
 def test_names_are_unique():
@@ -32,14 +32,14 @@ def test_lists_a_finished_experiment_as_complete(name, capsys):
     assert all((PROJECT / run.removeprefix("finished ")).exists() for run in runs)
 
 
-def test_suggests_an_experiment_and_make_has_them_all():
+def test_suggests_an_experiment_and_makefile_lists_all():
     with pytest.raises(SystemExit, match=r"no experiment 'secnd round' \(grid, .*\): did you mean 'second round'\?"):
         main(["secnd", "round"])
     makefile = (PROJECT / "Makefile").read_text()
     assert " ".join(name.replace(" ", "-") for name in EXPERIMENTS) + ": .venv/installed" in makefile
 
 
-def test_trains_what_is_missing_and_keeps_the_last_weights(tmp_path, monkeypatch):
+def test_trains_missing_runs_and_keeps_the_last_weights(tmp_path, monkeypatch):
     there, missing = (Config(seed=seed, num_epochs=70) for seed in (0, 1))
     for path in (record_path(there, tmp_path), last_weights(weights_path(there, tmp_path))):
         path.parent.mkdir(exist_ok=True)

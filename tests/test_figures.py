@@ -18,7 +18,7 @@ def curves(figure, *heights: float, epochs: int = 60):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 60])
-def test_frames_the_end_of_every_curve_and_cuts_its_steep_start(epochs):
+def test_frames_the_end_of_every_curve_but_not_its_steep_start(epochs):
     with figures.drawing(2) as figure:
         axis = curves(figure, 0.1, 0.2, epochs=epochs)
         figures.frame([axis], 0.3)

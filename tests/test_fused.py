@@ -1,4 +1,4 @@
-"""The CPU's operator by itself, held against MixerBlock in float64."""
+"""The CPU operator alone, compared with MixerBlock in float64."""
 
 import subprocess
 import sys
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.skipif(not fused.available(), reason="the operator cann
 BFLOAT16 = pytest.param(True, id="bfloat16", marks=pytest.mark.skipif(not fused.available(True), reason="no bfloat16"))
 precisions = pytest.mark.parametrize("bfloat16", [pytest.param(False, id="float32"), BFLOAT16])
 gelus = pytest.mark.parametrize("gelu", ["exact", "tanh"])
-# (batch, patches, hidden along patches, hidden along channels): the coursework's, and what fills no tile either way
+# (batch, patches, hidden along patches, hidden along channels): the coursework's, and some that fill no tile
 SHAPES = [(6, 49, 1024, 512), (90, 1, 9, 65), (3, 40, 96, 20), (5, 7, 40, 100), (3, 4, 33, 33), (2, 196, 64, 40)]
 SMALL = (6, 49, 64, 32)
 NAMES = ["output", "x", *(name for name, _ in MixerBlock(1, 16, 1, 1).named_parameters())]
 
 
 def inputs(batch, patches, *hidden):
-    """x with a block's parameters, all of unit scale, and a gradient."""
+    """x, a block's parameters and a gradient, all of unit scale."""
     g = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(batch, patches, 16, generator=g) for _ in range(2))
     tensors = [x]
@@ -49,13 +49,13 @@ def eager(shape, p=0.0, skip=True, gelu="exact"):
 
 
 def operator(p=0.0, bfloat16=False, skip=True, gelu="exact", seed=5):
-    """The same by the operator in float32."""
+    """The same function, by the operator in float32."""
     seeds = Dropout(p, torch.Generator().manual_seed(seed)).seeds(1, 4)
     return lambda x, *parameters: fused.fused_blocks(x, list(parameters), seeds, p, bfloat16, skip, gelu)
 
 
 def answers(function, tensors, grad, dtype=torch.float32):
-    """The output, and the gradients of all tensors."""
+    """The output and the gradients of all tensors."""
     tensors = [tensor.to(dtype, copy=True).requires_grad_() for tensor in tensors]
     output = function(*tensors)
     output.backward(grad.to(dtype))
@@ -67,7 +67,7 @@ def answers(function, tensors, grad, dtype=torch.float32):
 @pytest.mark.parametrize(("p", "skip"), [(0.0, True), (0.5, True), (0.2, False)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_mixer_block_in_float64(shape, p, skip, bfloat16, gelu):
-    # The tolerances are one MLP's, so each has its turn alone, where the skip connection lets the other's input by.
+    # Tolerances are for one MLP, so test each alone; the skip connection passes its input on to the other.
     for silent in ("patches_out", "channels_out") if skip else ("neither",):
         tensors, grad = inputs(*shape)
         for name, tensor in zip(NAMES[1:], tensors, strict=True):
@@ -96,24 +96,24 @@ def test_gelu_agrees_with_pytorchs_in_float64(bfloat16, gelu):
 
 
 @precisions
-def test_passes_nan_on(bfloat16):
+def test_propagates_nan(bfloat16):
     tensors, _ = inputs(*SMALL)
     tensors[3][5, 7] = float("nan")
     assert operator(0.0, bfloat16)(*tensors).isnan().all()
-    for bits in (0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001):  # the second is the one that CUDA makes
+    for bits in (0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001):  # the second is CUDA's
         tensors, _ = inputs(*SMALL)
         tensors[5].view(torch.int32)[48, 3] = bits
         assert operator(0.0, bfloat16)(*tensors)[:, 48].isnan().all()
 
 
 @precisions
-def test_ignores_the_seeds_when_p_is_zero(bfloat16):
+def test_ignores_the_seeds_if_p_is_zero(bfloat16):
     tensors, grad = inputs(*SMALL)
     one, other = (answers(operator(0.0, bfloat16, seed=seed), tensors, grad) for seed in (1, 2))
     assert all(map(torch.equal, one, other)) and not torch.equal(one[0], operator(0.1, bfloat16)(*tensors))
 
 
-def test_takes_views_and_leaves_x_as_it_is():
+def test_accepts_views_and_leaves_x_unchanged():
     tensors, _ = inputs(*SMALL)
     before, wanted = tensors[0].clone(), operator(0.1)(*tensors)
     views = [t.mT.contiguous().mT if t.ndim > 1 else torch.stack([t, t], 1)[:, 0] for t in tensors]
@@ -146,7 +146,7 @@ MISFITS = {
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_refuses_what_does_not_fit_before_taking_a_pointer(misfit, monkeypatch):
+def test_rejects_tensors_that_do_not_fit_before_taking_a_pointer(misfit, monkeypatch):
     monkeypatch.setattr(fused, "_Chain", None)
     (x, *parameters), _ = inputs(3, 5, 7, 9)
     given = MISFITS[misfit](x, parameters, torch.zeros(1, 4, dtype=torch.int64))
@@ -166,7 +166,7 @@ DERIVATIVES = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", DERIVATIVES)
-def test_refuses_other_than_first_derivatives(name, frozen):
+def test_rejects_higher_derivatives(name, frozen):
     (x, *parameters), _ = inputs(2, 4, 8, 8)
     parameters = [parameter.requires_grad_(not frozen) for parameter in parameters]
     with forward_ad.dual_level(), pytest.raises(RuntimeError):
@@ -174,7 +174,7 @@ def test_refuses_other_than_first_derivatives(name, frozen):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_keeps_nothing_for_gradients_that_are_not_wanted(mode, monkeypatch):
+def test_saves_nothing_without_gradients(mode, monkeypatch):
     tensors = [tensor.requires_grad_() for tensor in inputs(*SMALL)[0]]
     wanted, forward, streams = operator(0.1)(*tensors), fused._library().mixing_forward, []
     library = SimpleNamespace(mixing_forward=lambda *given: streams.append(given[1]) or forward(*given))
@@ -195,7 +195,7 @@ def _three_threads():
 @precisions
 @pytest.mark.usefixtures("_three_threads")
 @pytest.mark.parametrize("shape", [(37, 49, 128, 64), (2, 5, 40, 9)], ids=str)
-def test_bit_identical_on_one_to_eight_threads(shape, bfloat16):
+def test_is_bit_identical_on_one_to_eight_threads(shape, bfloat16):
     wanted = answers(operator(0.1, bfloat16), *inputs(*shape))
     for threads in range(1, 9):
         torch.set_num_threads(threads)
@@ -203,7 +203,7 @@ def test_bit_identical_on_one_to_eight_threads(shape, bfloat16):
 
 
 @pytest.mark.usefixtures("_three_threads")
-def test_only_the_calling_thread_takes_one_thread():
+def test_limits_only_the_calling_thread_to_one_thread():
     def threads():
         torch.ones(4) + 1  # PyTorch sets up a thread when it first computes
         return torch.get_num_threads()
@@ -215,7 +215,7 @@ def test_only_the_calling_thread_takes_one_thread():
     assert fused.threads() == threads() == 3
 
 
-def test_a_process_forked_in_the_midst_of_a_call_computes():
+def test_a_process_forked_during_a_call_computes():
     code = """if True:
         import os, signal, threading, torch
         from mixer.kernels import fused

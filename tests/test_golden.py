@@ -7,8 +7,8 @@ from golden import FILE, golden, this_machine
 FEW = {"coursework", "modern", "patches of 7", "two epochs", "erase and mixup", "mlp", "eager dropout", "eager tanh"}
 
 
-def test_bits_are_those_of_the_golden_records():
-    """Of all in CI; elsewhere of a few, since all take minutes."""
+def test_bits_equal_the_golden_records():
+    """All records in CI; elsewhere a few, since all take minutes."""
     kept = json.loads(FILE.read_text()).get(this_machine())
     if kept is None:
         pytest.skip(f"there are no golden records of {this_machine()}: python tests/golden.py --write")

@@ -106,7 +106,7 @@ def test_a_replayed_step_agrees_with_float64(data, dropout_p, precision):
 
 @on_cuda
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_an_edited_forward_and_a_hook_are_eager_on_cuda(precision, monkeypatch):
+def test_an_edited_forward_or_a_hook_is_eager_on_cuda(precision, monkeypatch):
     images, model = IMAGES.cuda(), mixer().cuda()
     with autocast(images.device, precision):
         assert choose(model, images).path == "graphs"
@@ -117,7 +117,7 @@ def test_an_edited_forward_and_a_hook_are_eager_on_cuda(precision, monkeypatch):
 
 
 @on_cuda
-def test_a_recorded_training_learns_as_an_eager_one(few, monkeypatch):
+def test_recorded_training_learns_like_eager_training(few, monkeypatch):
     config = Config(lr=0.01, dropout_p=0.1, batch_size=64, num_epochs=3, num_blocks=2)
     how = {"data": few, "device": "cuda", "precision": "float32", "progress": False}
     recorded = train(config, **how)

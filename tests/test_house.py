@@ -1,4 +1,4 @@
-"""The rules of the house: what may import what."""
+"""The rules of the layout: which module may import which."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,7 @@ TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in
 
 
 def imports(module: str) -> dict[str, set[str]]:
-    """Module of the package -> names that ``module`` takes from it, at the top or inside a function."""
+    """Module of the package -> names that ``module`` imports from it, at the top or inside a function."""
     taken: dict[str, set[str]] = {}
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
@@ -43,11 +43,11 @@ def test_core_imports_neither_studies_nor_reporting():
     assert not wrong
 
 
-def test_reporting_imports_no_study():
+def test_reporting_imports_no_studies():
     assert not [m for m in FILES if m.startswith("mixer.reporting.") for t in imports(m) if "mixer.studies." in t]
 
 
-def test_imports_run_in_no_circle():
+def test_no_circular_imports():
     open_modules, done = [], set()
 
     def visit(module: str) -> None:
@@ -64,7 +64,7 @@ def test_imports_run_in_no_circle():
 
 def test_no_private_name_crosses_a_file():
     private = {(m, name) for m in FILES for names in imports(m).values() for name in names if name.startswith("_")}
-    for module, tree in TREES.items():  # nor by an attribute of a module
+    for module, tree in TREES.items():  # nor as an attribute of a module
         modules = {name.split(".")[-1] for name in imports(module)}
         private |= {
             (module, f"{node.value.id}.{node.attr}")

@@ -1,4 +1,4 @@
-"""A package that is installed without -e has its weights, and keeps what it makes out of the installation."""
+"""A package installed without -e has its weights, and writes nothing into the installation."""
 
 import json
 import os
@@ -28,7 +28,7 @@ main("--recipe coursework --num-blocks 1 --patches-mlp-dim 16 --channels-mlp-dim
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> tuple[Path, bool, list]:
-    """The working directory of CODE, run with a wheel; whether the wheel's files are untouched; what was printed."""
+    """Working directory of CODE, run with a wheel; whether the wheel's files are unchanged; its output."""
     source, folder, start = map(tmp_path_factory.mktemp, ("source", "installed", "start"))
     for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(PROJECT / name, source)
@@ -46,13 +46,13 @@ def installed(tmp_path_factory) -> tuple[Path, bool, list]:
     return start, {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before, said
 
 
-def test_a_wheel_has_the_weights_and_says_what_needs_a_checkout(installed):
+def test_a_wheel_has_the_weights_and_says_that_studies_need_a_checkout(installed):
     answers, data, sentence = installed[2]
     assert answers == {"best.safetensors": 10, "recipe.safetensors": 10} and data == "/xdg/mixer"
     assert sentence.startswith("The studies and their notebooks need a checkout: clone")
 
 
-def test_a_grid_writes_into_the_working_directory_alone(installed):
+def test_a_grid_writes_only_into_the_working_directory(installed):
     start, untouched, _ = installed
     (record,) = start.glob("results/lr*.json")
     assert untouched and json.loads(record.read_text())["environment"]["commit"] == "unknown"

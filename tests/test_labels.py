@@ -19,7 +19,7 @@ SMALL = {"num_blocks": 1, "patches_mlp_dim": 32, "channels_mlp_dim": 32, "num_ep
 
 @pytest.fixture
 def mislabelled(data) -> Data:
-    """The tenth image has a wrong label, and the shipped model classifies it as it was labelled."""
+    """The tenth image has a wrong label; the shipped model predicts its original one."""
     few = first_images(data, 40, 10)
     labels = few.train_labels.clone()
     labels[10] = (labels[10] + 1) % 10

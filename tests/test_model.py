@@ -1,4 +1,4 @@
-"""The model is the one of the paper, of timm and of the coursework."""
+"""The model equals the paper's, timm's and the coursework's."""
 
 import math
 
@@ -13,7 +13,7 @@ from mixer.model import MixerBlock, MlpMixer
 
 
 def random_model(**sizes) -> MlpMixer:
-    """A model whose every weight is random, also those that start at zero or one."""
+    """A model with random weights everywhere, even where they start at zero or one."""
     model = MlpMixer(**sizes).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -94,14 +94,14 @@ def test_pytorchs_initialisation_equals_reset_parameters():
 
 
 @pytest.mark.parametrize("wrong", [{"gelu": "none"}, {"initialisation": "lecun"}, {"gelu": None}])
-def test_rejects_unknown_words(wrong):
+def test_rejects_unknown_options(wrong):
     ((name, word),) = wrong.items()
     for make in (lambda: MlpMixer(**wrong), lambda: MixerBlock(5, 8, 6, 7, **wrong)):
         with pytest.raises(ValueError, match=f"^{name} is {word!r}, but it has to be"):
             make()
 
 
-def test_drops_only_in_training_and_repeats_by_the_seed():
+def test_drops_only_in_training_and_repeats_with_the_seed():
     model = random_model(num_blocks=2, dropout_p=0.5)
     images = torch.randn(4, 1, 28, 28)
 
@@ -132,7 +132,7 @@ def test_rejects_sizes_that_disagree_and_names_both(sizes, image, numbers):
 
 
 @pytest.mark.parametrize(("channels", "image"), [(1, (2, 3, 28, 28)), (3, (2, 1, 28, 28)), (3, (3, 28, 28))])
-def test_rejects_images_of_other_channels(channels, image):
+def test_rejects_images_with_another_number_of_channels(channels, image):
     with pytest.raises(ValueError, match=rf"^images must be \(batch, {channels}, height, width\), not \({image[0]}, "):
         MlpMixer(in_channels=channels)(torch.zeros(image))
 
@@ -197,7 +197,7 @@ def test_leaves_out_the_skip_connections_of_all_blocks():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_and_what_is_added_up_stay_float32_under_autocast(dtype):
+def test_logits_and_sums_stay_float32_under_autocast(dtype):
     model = random_model(num_blocks=1)
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))

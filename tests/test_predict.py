@@ -1,4 +1,4 @@
-"""Predictions: a picture of any kind is told for what it is, and what is no picture ends in one sentence."""
+"""Predictions recognise pictures in any form; anything else is rejected in one sentence."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def test_unfinished_predictions_leave_the_callers_modes_alone(few):
 
 @pytest.mark.skipif(find_precision(torch.device("cpu")) != "bfloat16", reason="no bfloat16 here")
 def test_no_two_classes_tie_for_the_first_place(data):
-    """In bfloat16 the head gave 19 of the 10,000 test images two best classes."""
+    """In bfloat16, the head gave two equal best classes for 19 of the 10,000 test images."""
     some, config = first_images(data, 1000, 3000), Config(lr=0.01, batch_size=50, num_epochs=1, num_blocks=2)
     _, model = train(config, data=some, **OPTIONS)
     logits = torch.cat(list(predict(model, some.test_images, "bfloat16")))
@@ -53,7 +53,7 @@ def prepared(picture, *options) -> np.ndarray:
 
 
 def photograph(image: np.ndarray, side: int = 160, table=230.0, colour=0.0, noise: float = 3) -> np.ndarray:
-    """An image of the data set as an object of this colour, low on the right of a table in uneven light."""
+    """A data set image as an object of this colour, at the lower right of an unevenly lit table."""
     pixels = table * np.linspace(0.9, 1.1, 400)[:, None] + np.random.default_rng(0).normal(0, noise, (300, 400, 3))
     soft = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))[..., None] / 255
     pixels[-side - 20 : -20, -side - 30 : -30] += soft * (colour - pixels[-side - 20 : -20, -side - 30 : -30])

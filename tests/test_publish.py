@@ -14,7 +14,7 @@ FORMATS = {"gain": points, "p": p_value, "epoch": "{:.0f}", "learning rate": "{:
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project's pages in a folder of their own, with a README."""
+    """A project's pages in a separate folder, with a README."""
     for name in ("results", "report", "figures"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(publish, "PROJECT", tmp_path)
@@ -23,7 +23,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_shows_a_table_as_it_is_printed():
+def test_shows_a_table_as_printed():
     table = printed(FRAME, FORMATS)
     assert table.loc["0.001", "256"].tolist() == ["+0.50", "0.040", "40", "1,440", "a_b"]
     assert table.loc["0.01", "512"].tolist() == ["−0.03", "< 0.001", "–", "3", "50 %"]
@@ -69,7 +69,7 @@ def test_records_of_another_folder_are_published_inside_it(project, tmp_path):
     assert Publisher(RESULTS / ".." / "results").own is False and Publisher(project / "results").own
 
 
-def test_shows_a_figure_with_its_text_alternative(project, monkeypatch):
+def test_shows_a_figure_with_its_alternative_text(project, monkeypatch):
     shown = []
     monkeypatch.setattr(publish, "display", lambda figure, metadata: shown.append(metadata))
     with figures.drawing(1) as figure:

@@ -1,4 +1,4 @@
-"""What a config can change of the training: each ingredient does what it says, and resumes bit for bit."""
+"""Each ingredient of the training does what its option says, and resumes bit for bit."""
 
 import dataclasses
 from typing import get_args, get_type_hints
@@ -57,7 +57,7 @@ def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest(few):
     assert {o.param_groups[0]["weight_decay"] for o in run.optimisers} == {0.01}
 
 
-def test_moving_average_is_what_is_tested_and_kept(few):
+def test_tests_and_keeps_the_moving_average(few):
     run, heads = started(few, lr=0.01, ema_decay=0.9), []
     run.train_epoch(lambda loss, images: heads.append(run.model.head.weight.detach().clone()))
     torch.testing.assert_close(run.tested.head.weight, moving_average(heads, 0.9))
@@ -65,14 +65,14 @@ def test_moving_average_is_what_is_tested_and_kept(few):
     assert not torch.equal(run.tested.head.weight, run.model.head.weight)
 
 
-def test_moving_average_is_also_of_batch_normalisations_statistics(few):
+def test_moving_average_includes_batch_norm_statistics(few):
     run, variances = Run(Config(network="conv", ema_decay=0.9, batch_size=25), CPU, "float32", few.first(100)), []
     run.train_epoch(lambda loss, images: variances.append(run.model.norm.running_var.clone()))
     torch.testing.assert_close(run.tested.norm.running_var, moving_average(variances, 0.9))
     assert not torch.allclose(run.tested.norm.running_var, variances[-1])
 
 
-def test_blocks_begin_as_the_identity_and_train_all_the_same(few):
+def test_blocks_start_as_the_identity_but_still_train(few):
     run, x = started(few, initialisation="identity", lr=0.01), torch.randn(3, 49, 16)
     for block in run.model.blocks:
         assert torch.equal(block(x), x) and block.patches_in.weight.std() > 0.1 and block.channels_in.weight.std() > 0.1
@@ -91,7 +91,7 @@ def test_whitened_stem_gives_uncorrelated_channels(data):
         started(first_images(data, 50, 50), whiten=True, patch_size=2)
 
 
-def test_mixed_images_have_the_mixed_loss_of_both_labels(few):
+def test_mixed_images_have_the_mixed_loss(few):
     config, index = Config(mixup_prob=1.0, label_smoothing=0.1), torch.tensor([5, 9, 200, 31])
     batch = augmented(index, few, config, torch.Generator().manual_seed(0))
     unmixed = normalise(few.train_images[index], few.pixel_mean, few.pixel_std)

@@ -1,4 +1,4 @@
-"""A record that is read is a true one, or one sentence says why not; and it says which code made it."""
+"""Records are read only if valid, otherwise one sentence says why; they name the code that made them."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ def record(config: Config = CONFIG, **changes) -> dict:
     return whole | {"environment": environment} | changes
 
 
-def test_is_read_as_it_was_written(tmp_path):
-    own = record(model="mine")  # which has any name
+def test_reads_a_record_as_written(tmp_path):
+    own = record(model="mine")  # which may have any name
     for path, written in ((tmp_path / f"{CONFIG.name}.json", record()), (tmp_path / "mine.json", own)):
         write_record(written, path)
         assert json.dumps(read_record(path)) == json.dumps(written)
@@ -91,7 +91,7 @@ def test_rejects_a_path_that_is_no_regular_file(tmp_path, put):
         read_record(path)
 
 
-def test_coursework_is_its_longest_complete_grid():
+def test_coursework_is_the_longest_complete_grid():
     runs = [record(config) for config in (*grid(num_epochs=2), *grid(num_epochs=3)[:7])]
     assert coursework(runs) == runs[:8] and len(histories(runs)) == 8 * 2 + 7 * 3
     last = record(grid(num_epochs=3)[7], history=[EPOCH | {"epoch": n, "test_accuracy": n / 4} for n in (1, 2, 3)])
@@ -109,7 +109,7 @@ def test_commit_gets_a_plus_if_the_package_differs(tmp_path, monkeypatch):
         monkeypatch.setattr(records, "_PACKAGE", tmp_path / package)
         return records._commit()
 
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # which may ask for signatures, or have hooks
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)  # which may require signatures, or have hooks
     shutil.copytree(PROJECT / "mixer", tmp_path / "mixer", ignore=shutil.ignore_patterns("__pycache__"))
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         git(*arguments)

@@ -1,4 +1,4 @@
-"""The report, README and what notebooks published for them, as committed."""
+"""The committed report, README and the files that notebooks published for them."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""The grid skips finished runs, resumes interrupted ones, survives a killed worker, and stops when told to."""
+"""The grid skips finished runs, resumes interrupted ones, survives a killed worker and stops on Ctrl-C."""
 
 import functools
 import importlib
@@ -46,7 +46,7 @@ TWO = [tiny(0), tiny(1)]
 
 @pytest.fixture(scope="module")
 def own_data(tmp_path_factory) -> Path:
-    """A data set of one's own: three classes of 8 × 8 pixels, as IDX files."""
+    """A custom data set: three classes of 8 × 8 pixels, as IDX files."""
     return write_data(tmp_path_factory.mktemp("data") / "letters", seed=0)
 
 
@@ -66,7 +66,7 @@ def run(own_data) -> Callable[..., list[dict]]:
 
 @pytest.fixture
 def trained(monkeypatch) -> list[Config]:
-    """The configs that are trained in this process from now on."""
+    """The configs trained in this process from now on."""
     return count(monkeypatch)
 
 
@@ -141,7 +141,7 @@ def test_rejects_a_record_of_another_teacher(run, tmp_path, monkeypatch):
     weights.write_bytes(b"others")
     with pytest.raises(GridError, match=r"differs from what was requested \(teacher\)"):
         run([student], tmp_path / "students")
-    weights.unlink()  # as for those who have the records alone
+    weights.unlink()  # as for someone who has only the records
     assert run([student], tmp_path / "students") == records
 
 
@@ -176,7 +176,7 @@ def test_warns_of_records_trained_with_different_code(caplog, monkeypatch):
 
 
 def test_dask_trains_the_same_records(run, tmp_path):
-    """As README's lines for Slurm do it, with a thread for each core, but in this process, which has PyTorch."""
+    """As in README's lines for Slurm, one thread per core, but in this process, which has imported PyTorch."""
     distributed = pytest.importorskip("distributed")
     configs = [tiny(seed) for seed in range(3)]
     with distributed.Client(processes=False, n_workers=1, threads_per_worker=3, dashboard_address=None) as client:
@@ -239,7 +239,7 @@ def test_repeatedly_killed_worker_says_how_to_resume(run, tmp_path):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
 def test_stopped_grid_leaves_no_process_and_resumes(run, tmp_path, own_data, stop):
-    """SIGINT reaches all processes, as from a terminal, SIGKILL the first one."""
+    """SIGINT goes to all processes, as from a terminal; SIGKILL to the first one."""
     configs = [tiny(seed, num_epochs=25) for seed in (0, 1)]
     options = "--lr 0.01 --dropout 0.1 --batch-size 16 --seeds 0 1 --num-epochs 25 --num-blocks 1 --patch-size 4"
     options += f" --patches-mlp-dim 16 --channels-mlp-dim 16 --jobs 2 --data {own_data} --results {tmp_path}"
@@ -258,14 +258,14 @@ def test_stopped_grid_leaves_no_process_and_resumes(run, tmp_path, own_data, sto
 
 
 def kept_histories(configs, results) -> dict[Config, list[dict]]:
-    """Those of the runs that have a checkpoint."""
+    """The states of the runs that have a checkpoint."""
     files = {config: results / "checkpoints" / f"{config.name}.pt" for config in configs}
     contents = {config: io.BytesIO(unseal(file.read_bytes())) for config, file in files.items() if file.exists()}
     return {config: torch.load(content, weights_only=True)["history"] for config, content in contents.items()}
 
 
 def resume(records, kept) -> bool:
-    """Whether these records go on from what was kept: seconds and all."""
+    """Whether these records continue the checkpoints, seconds included."""
     histories = {Config(**record["config"]): record["history"] for record in records}
     return all(histories[config][: len(history)] == history for config, history in kept.items())
 
@@ -297,7 +297,7 @@ def test_exceptions_survive_pickling():
 
 
 def test_grid_in_a_pools_worker_reports_its_error(run, tmp_path):
-    """A worker of multiprocessing.Pool may have no processes of its own; an error that is not pickled would hang it."""
+    """A worker of multiprocessing.Pool cannot start processes; an error that cannot be pickled would hang it."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         with pytest.raises(OSError, match=r"^Worker processes cannot be started \(daemonic .*\): train with jobs=1\.$"):
             pool.apply_async(run, (TWO, tmp_path), {"jobs": 2}).get(60)

@@ -11,7 +11,7 @@ from mixer.studies.shuffle import SIDES, order, shuffle_squares
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 14])
-def test_moves_whole_squares_to_their_places_in_the_order(side):
+def test_moves_whole_squares_to_their_new_positions(side):
     images, columns = torch.arange(3 * 28 * 28).view(3, 28, 28), 28 // side
     moved = shuffle_squares(images, side)
     assert not torch.equal(moved, images)
@@ -26,7 +26,7 @@ def test_rejects_squares_that_do_not_tile_an_image():
 
 
 def test_a_mixer_with_permuted_weights_gives_the_same_logits(data):
-    """So shuffled patches make no difference to its training, apart from the initial weights."""
+    """So shuffled patches make no difference to training, apart from the initial weights."""
     model = MlpMixer(num_blocks=2, patches_mlp_dim=32, channels_mlp_dim=32).eval()
     torch.nn.init.normal_(model.head.weight)
     permuted, places = copy.deepcopy(model), order(49)

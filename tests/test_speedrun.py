@@ -19,7 +19,7 @@ def record(config: Config, *accuracies: float) -> dict:
 
 @pytest.fixture
 def folder(few, tmp_path, monkeypatch):
-    """Where main() writes, with a small recipe on few images."""
+    """The folder that main() writes to, with a small recipe and few images."""
     pytest.importorskip("timm")
     monkeypatch.setitem(RECIPES, "speedrun", RECIPES["speedrun"] | SMALL)
     monkeypatch.setattr(speedrun, "FOLDER", tmp_path)
@@ -27,7 +27,7 @@ def folder(few, tmp_path, monkeypatch):
     monkeypatch.setattr(speedrun, "load", few.to)
     monkeypatch.setattr(speedrun, "read_records", lambda: [record(speedrun.COURSEWORK, 0.8, 0.9)])
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # eager steps on all threads wait for each other long on a busy machine
+    torch.set_num_threads(1)  # eager steps on all threads wait long for each other on a busy machine
     yield tmp_path
     torch.set_num_threads(threads)
 

@@ -1,4 +1,4 @@
-"""Training: the same record every time, whatever is around it, also with a model and an optimiser of one's own."""
+"""Training gives the same record every time, whatever surrounds it, also with a custom model and optimiser."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ needs_operator = pytest.mark.skipif(not fused.available(), reason="no operator h
 
 
 def timeless(record: dict) -> dict:
-    """A record without the seconds, which differ between two runs of the same config."""
+    """A record without seconds, which differ between runs of the same config."""
     record = copy.deepcopy(record)
     for epoch in record["history"]:
         del epoch["seconds"]
@@ -77,7 +77,7 @@ def test_record_says_what_was_run_and_where(few, uninterrupted):
     json.dumps(uninterrupted, allow_nan=False)
 
 
-def test_limit_validation_and_inputs_say_what_is_trained_on(data):
+def test_limit_validation_and_inputs_select_the_training_data(data):
     some, config = first_images(data, 300, 50), replace(SHORT, num_epochs=1)
     record = run(some, replace(config, limit=64, inputs="scaled"))
     scaled = replace(some.first(64), pixel_mean=0.0, pixel_std=1.0)
@@ -88,7 +88,7 @@ def test_limit_validation_and_inputs_say_what_is_trained_on(data):
     assert len(held_out.train_images) == 64 and len(held_out.test_images) == pytest.approx(300 / 12, abs=5)
 
 
-def test_trains_on_a_data_set_of_ones_own_and_names_it():
+def test_trains_on_a_custom_data_set_and_names_it():
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (90, 8, 8), generator=draw, dtype=torch.uint8)
     labels = torch.arange(90) % 3
@@ -110,7 +110,7 @@ def test_diverged_run_names_epoch_and_step(few):
     assert spoilt.finished and spoilt.record()["diverged"] == {"epoch": 2, "step": 2} and spoilt.epoch == 1
 
 
-def test_on_epoch_sees_the_history_and_return_model_gives_what_was_tested(few, uninterrupted):
+def test_on_epoch_gets_the_history_and_return_model_the_tested_model(few, uninterrupted):
     seen = []
     record, model = run(few, on_epoch=lambda epoch, model: seen.append((epoch, model.training)), return_model=True)
     assert seen == [(epoch, False) for epoch in record["history"]] and not model.training
@@ -129,7 +129,7 @@ CHANGES = {
 
 @needs_operator
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_change_by_on_epoch_counts_from_the_next_epoch(few, caplog, change):
+def test_change_in_on_epoch_takes_effect_in_the_next_epoch(few, caplog, change):
     seen = []
     record = run(few, TINY, on_epoch=lambda epoch, model: seen or change(model.blocks[0], seen))
     assert len(seen) >= 2 + 1 and "in eager PyTorch, several times slower, since" in caplog.text
@@ -153,7 +153,7 @@ def test_same_seed_gives_the_same_record_whatever_else_is_drawn(few, uninterrupt
     assert timeless(run(few, replace(SHORT, seed=1)))["history"] != timeless(uninterrupted)["history"]
 
 
-def test_leaves_out_what_the_caller_has_around_it(few):
+def test_ignores_the_callers_contexts(few):
     alone = timeless(run(few, precision="float32"))
     for around in (
         torch.no_grad(),
@@ -180,8 +180,8 @@ def test_one_thread_and_two_give_the_same_record(few, precision):
 
 @pytest.mark.usefixtures("_keep_threads")
 @pytest.mark.parametrize(("channels", "path"), [pytest.param(16, "fused", marks=needs_operator), (8, "eager")])
-def test_record_has_the_threads_that_were_computed_on(few, channels, path, caplog):
-    """The eager model takes all of PyTorch's threads; beside the operator PyTorch has one."""
+def test_record_has_the_number_of_threads_used(few, channels, path, caplog):
+    """The eager model uses all of PyTorch's threads; with the operator, PyTorch uses one."""
     openmp, seen = threadpoolctl.ThreadpoolController().select(user_api="openmp"), set()
     torch.set_num_threads(2)
     watched = Run(replace(TINY, num_channels=channels), CPU, "float32", few)
@@ -194,15 +194,15 @@ def test_record_has_the_threads_that_were_computed_on(few, channels, path, caplo
 
 
 def settings() -> tuple:
-    """What is the whole process's, and of the calling thread."""
+    """Settings of the process and of the calling thread."""
     process = torch.get_num_threads(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
     return *process, *cudnn, *autocast, torch.is_grad_enabled()
 
 
-def test_runs_in_threads_are_those_in_turn_and_change_nothing_of_the_process(few):
-    """Several seeds and both precisions at once, while somebody else draws from PyTorch's own generator."""
+def test_concurrent_runs_equal_sequential_ones_and_leave_the_process_unchanged(few):
+    """Several seeds and both precisions at once, while other code draws from PyTorch's own generator."""
     configs = [replace(SHORT, seed=seed, num_epochs=2) for seed in range(3)]
     configs.append(replace(TINY, num_channels=8))  # eager
     precisions = [find_precision(CPU), "float32", find_precision(CPU), "float32"]
@@ -229,10 +229,10 @@ def test_runs_in_threads_are_those_in_turn_and_change_nothing_of_the_process(few
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_fork_of_a_process_that_has_trained_trains_too(few, uninterrupted):
-    """GNU OpenMP's threads do not survive it: PyTorch would wait for them for ever."""
+def test_trains_in_a_fork_of_a_process_that_has_trained(few, uninterrupted):
+    """GNU OpenMP's threads do not survive a fork; PyTorch would wait for them for ever."""
     torch.rand(500, 500) @ torch.rand(500, 500)
-    nn.functional.layer_norm(torch.rand(20_000, 16), (16,))  # so that they have been used
+    nn.functional.layer_norm(torch.rand(20_000, 16), (16,))  # so that the threads have been used
     context = multiprocessing.get_context("fork")
     outcome = context.SimpleQueue()
     child = context.Process(target=lambda: outcome.put(timeless(run(few))["history"]), daemon=True)
@@ -243,7 +243,7 @@ def test_fork_of_a_process_that_has_trained_trains_too(few, uninterrupted):
     assert not hangs and outcome.get() == timeless(uninterrupted)["history"]
 
 
-# Model and optimiser of one's own
+# A custom model and optimiser
 
 
 def network(*between: nn.Module) -> nn.Sequential:
@@ -276,7 +276,7 @@ def test_trains_a_model_that_makes_float32_tensors(few):
     assert run(few, TINY, model=Turned(nn.Flatten(), nn.Linear(784, 10)))["model"].endswith("Turned, 7,850 parameters")
 
 
-def test_optimiser_of_ones_own_is_as_the_configs_own(few):
+def test_custom_optimiser_equals_the_configs(few):
     config, model = Config(optimiser="momentum", lr=0.05, schedule="linear", batch_size=64, num_epochs=2), network()
     alike = run(few, config, model=copy.deepcopy(model))
     assert "optimiser" not in alike
@@ -284,7 +284,7 @@ def test_optimiser_of_ones_own_is_as_the_configs_own(few):
     assert timeless(record)["history"] == timeless(alike)["history"]
 
 
-# What is refused before training
+# Rejected before training
 
 
 def test_rejects_arguments_in_one_sentence(few):
@@ -313,7 +313,7 @@ def test_rejects_an_unwritable_path(few, tmp_path, argument, monkeypatch):
     for place in (tmp_path, str(tmp_path / "file" / "below"), tmp_path / "pipe", "", tmp_path / ("x" * 250)):
         with pytest.raises(OSError, match="cannot be written"):
             run(few, **{argument: place})
-    longest = 232 - len(str(threading.get_native_id()))  # which is part of the name that is written first
+    longest = 232 - len(str(threading.get_native_id()))  # part of the temporary file's name
     with pytest.raises(OSError, match=r"x\.last\.safetensors cannot be written"):
         run(few, weights=tmp_path / f"{'x' * longest}.safetensors")
 
@@ -349,8 +349,8 @@ def test_progress_bar_puts_numbers_first_and_can_be_switched_off(few, capsys, mo
     assert timeless(run(few, config, progress=True)) == timeless(record)
 
 
-def test_progress_bar_moves_while_testing_and_ends_at_the_whole(data, capsys, monkeypatch):
-    """A training image is three times the work of a test image."""
+def test_progress_bar_moves_while_testing_and_ends_at_its_total(data, capsys, monkeypatch):
+    """A training image counts as three test images."""
     moves, update = [0], Bar.update
     monkeypatch.setattr(Bar, "update", lambda bar, work: (update(bar, work), moves.append(bar.n)))
     run(first_images(data, 100, 2100), replace(TINY, num_epochs=1, limit=None), progress=True, turn=(2, 7, 2))
@@ -360,7 +360,7 @@ def test_progress_bar_moves_while_testing_and_ends_at_the_whole(data, capsys, mo
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_learns_as_the_cpu_does(few, uninterrupted):
+def test_cuda_learns_like_the_cpu(few, uninterrupted):
     record = run(few, device="cuda")
     for ours, theirs in zip(record["history"], uninterrupted["history"], strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.05)
