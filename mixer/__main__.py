@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("where and how").add_argument
     how("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
     how("--device", help="cuda, mps or cpu (the first available)")
-    how("--precision", choices=["bfloat16", "float32"], help="of training (bfloat16 where the hardware has it)")
+    how("--precision", choices=["bfloat16", "float32"], help="training precision (bfloat16 where the hardware has it)")
     # mixer.studies.bench shows that one run per core is faster than one run on all cores.
     how("--jobs", type=int, metavar="N", help="runs at a time, sharing the CPU's cores (one per core; one on a GPU)")
     return parser

@@ -83,7 +83,7 @@ class Config:
     flip: bool = _training(False, "mirror each training image with probability 0.5, anew in every epoch")
     shift: int = _training(0, "largest shift of a training image, in pixels")
     erase: int = _training(0, "side of the square erased from each training image, in pixels (cutout)")
-    mixup_prob: float = _training(0.0, "probability of mixup per batch, with the batch in reverse order")
+    mixup_prob: float = _training(0.0, "probability of mixing a batch with itself in reverse order (mixup)")
     label_smoothing: float = _training(0.0, "share of the target spread evenly over all classes")
     network: Literal["mixer", "mlp", "conv"] = _model("mixer", "mlp and conv are baselines, each of a fixed size")
     teacher: str = _training("", "network to distil from, by name, in place of the labels")

@@ -121,7 +121,7 @@ def content_of(path: Path) -> bytes:
         return path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path} cannot be read ({reason}): copy it again, or use another folder.") from None
+        raise DataError(f"{path} cannot be read ({reason}): put a sound copy there, or use another folder.") from None
 
 
 def absolute(path: Path | str) -> Path:

@@ -59,7 +59,7 @@ def test_writes_the_table_from_last_weights_and_keeps_it_without_them(data, tmp_
         models.append(train(config, data=few, device="cpu", weights=weights, progress=False, return_model=True)[1])
     label_errors.main()
     expected, written = disputed(models, few), pd.read_csv(tmp_path / "labels.csv")
-    assert len(expected) > 5 and f"has {len(expected)} training images" in capsys.readouterr().out
+    assert len(expected) > 5 and f"lists {len(expected)} training images" in capsys.readouterr().out
     pd.testing.assert_frame_equal(written, expected, atol=1e-4, check_dtype=False)
 
     last_weights(weights).unlink()
