@@ -66,6 +66,8 @@ def run_grid(
     resume, unless a second one is killed before any run finishes. Ctrl-C stops all runs and raises Interrupted. Raises
     OSError if nothing can be written or no process can be started.
     """
+    if isinstance(data, fashion_mnist.Data):
+        raise TypeError("run_grid takes the folder of a data set; only train() takes Data, one run at a time.")
     results = expand(results)
     configs = check_configs(configs)
     missing = [config for config in configs if not os.path.lexists(record_path(config, results))]

@@ -80,6 +80,11 @@ def timeless(records: list[dict]) -> list[list[dict]]:
     return [[epoch | {"seconds": 0} for epoch in record["history"]] for record in records]
 
 
+def test_says_that_a_grid_takes_a_folder(tmp_path, own_data):
+    with pytest.raises(TypeError, match="takes the folder of a data set"):
+        run_grid(TWO, tmp_path, data=fashion_mnist.load_folder(own_data))
+
+
 def test_trains_each_run_once_and_then_reads_its_record(run, trained, tmp_path, own_data, monkeypatch):
     records = run(TWO, tmp_path)
     assert trained == TWO and [Config(**record["config"]) for record in records] == TWO
