@@ -28,7 +28,7 @@ from mixer.system.files import PROJECT, SHIPPED, write_whole
 
 Sets = dict[Hashable, list[Config]]  # label -> configs that differ only in their seed
 RATES, DROPOUT, CONV = [0.001, 0.01], {"dropout_p": 0.1}, {"network": "conv"}
-ORDERS = {"as they are": "", "patches shuffled": "shuffled-patches", "pixels shuffled": "shuffled-pixels"}
+ORDERS = {"unshuffled": "", "patches shuffled": "shuffled-patches", "pixels shuffled": "shuffled-pixels"}
 CHOICES = {  # choices that the coursework's report does not state
     "Adam": {},
     "AdamW": {"optimiser": "adamw", "weight_decay": 0.01},
@@ -190,7 +190,7 @@ def _experiments() -> dict[str, list[Stage]]:
         "recipe": [
             Stage(folder, modern, keep=SHIPPED / "recipe.safetensors", then=label_errors.main),
             Stage(folder, {"teacher": parts.pop("teacher")}, keep=weights_of("conv")),
-            Stage(folder, parts | orders.pop("as they are")),
+            Stage(folder, parts | orders.pop("unshuffled")),
             *(Stage(folder / ORDERS[o], part, data=PROJECT / "build" / ORDERS[o]) for o, part in orders.items()),
         ],
         # The teacher of students tested on the validation split; it must not have seen that split either.
