@@ -1,4 +1,4 @@
-"""Augmentation of a batch: flips, shifts, cutout and mixup."""
+"""Augmentation of a batch: flips, shifts, affine maps, cutout and mixup."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ from mixer.data import Data, normalise
 class Batch:
     """A batch of B augmented training images.
 
-    ``index``: their indices (B,). ``views``: the number of each image's view (B,), as in :func:`draw_views`.
+    ``index``: their indices (B,). ``views``: the number of each image's view (B,), as in :func:`draw_views`;
+    0 where there are too many to number.
     ``inputs``: normalised (B, in_channels, H, W). With mixup, each is ``share`` of its image plus 1 - ``share`` of the
     image at the same position in the reversed batch.
     """
@@ -29,7 +30,9 @@ class Batch:
 def augmented(index: Tensor, data: Data, config: Config, generator: torch.Generator) -> Batch:
     """Augment the training images with these indices (B,), as the config says."""
     images, views = data.train_images[index], torch.zeros_like(index)
-    if config.flip or config.shift:
+    if config.affine:
+        images = warp(images, generator, config.flip, config.shift, config.affine)
+    elif config.flip or config.shift:
         views = draw_views(len(index), generator, config.flip, config.shift)
         images = view(images, views, config.shift)
     if config.erase:
@@ -66,6 +69,28 @@ def view(images: Tensor, views: Tensor, shift: int) -> Tensor:
     index = torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]
     padded = F.pad(images, (shift,) * 4).movedim(0, -3)  # channels first
     return padded[..., *(part.to(images.device) for part in index)].movedim(-3, 0)
+
+
+def warp(images: Tensor, generator: torch.Generator, flip: bool, shift: int, strength: float) -> Tensor:
+    """Apply a random affine map to each image, (B, H, W) or (B, 3, H, W), with bilinear interpolation.
+
+    The map is the identity plus a number between ±``strength`` in each entry of its matrix, which rotates, scales and
+    shears; it is mirrored with probability 0.5 if ``flip``, and shifts by any fraction of up to ``shift`` pixels.
+    Returns float32 on the same scale. Pixels that move in are 0.
+    """
+    count, (height, width) = len(images), images.shape[-2:]
+
+    def uniform(*shape: int) -> Tensor:
+        return 2 * torch.rand(count, *shape, generator=generator) - 1
+
+    matrices = torch.eye(2) + strength * uniform(2, 2)
+    if flip:
+        matrices[:, 0] *= uniform(1).sign()
+    moves = uniform(2, 1) * torch.tensor([[2 * shift / width], [2 * shift / height]])  # an image is 2 wide and high
+    maps = torch.cat([matrices, moves], dim=2).to(images.device)
+    pixels = images.reshape(count, -1, height, width).float()
+    grid = F.affine_grid(maps, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, align_corners=False).view(images.shape)
 
 
 def cut_out(images: Tensor, generator: torch.Generator, side: int) -> Tensor:

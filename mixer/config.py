@@ -79,9 +79,11 @@ class Config:
     inputs: Literal["normalised", "scaled"] = _data("normalised", "scaled: pixels divided by 255 only")
     optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = _training("adam", "momentum: SGD, 0.9")
     weight_decay: float = _training(0.0, "weight decay of the optimiser")
+    shared_filters: int = _training(0, "side of filters that all patches share while training (RepMLP), in patches")
     schedule: Literal["constant", "linear"] = _training("constant", "linear: warm-up for one epoch, then decay to 0")
     flip: bool = _training(False, "mirror each training image with probability 0.5, anew in every epoch")
     shift: int = _training(0, "largest shift of a training image, in pixels")
+    affine: float = _training(0.0, "largest change of an entry in a training image's affine map, say 0.1")
     erase: int = _training(0, "side of the square erased from each training image, in pixels (cutout)")
     mixup_prob: float = _training(0.0, "probability of mixing a batch with itself in reverse order (mixup)")
     label_smoothing: float = _training(0.0, "share of the target spread evenly over all classes")
@@ -107,15 +109,18 @@ class Config:
         self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
         self._keep("temperature", _real, lambda t: 0 < t < math.inf, "a positive number")
         self._keep("teacher", str, lambda name: re.fullmatch("[a-z0-9-]*", name), "lower-case letters, digits, hyphens")
+        self._keep(
+            "shared_filters", _whole, lambda side: side == 0 or (side > 0 and side % 2), "0 or an odd number of patches"
+        )
         for name in ("shift", "erase"):
             self._keep(name, _whole, lambda pixels: pixels >= 0, "0 or a whole number of pixels")
         self._keep("mixup_prob", _real, lambda p: 0 <= p <= 1, "a number from 0.0 to 1.0")
-        for name in ("dropout_p", "label_smoothing", "ema_decay"):
+        for name in ("dropout_p", "label_smoothing", "ema_decay", "affine"):
             self._keep(name, _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
         if self.temperature != 1 and not self.teacher:
             raise ValueError("temperature applies only with a teacher; name one, or remove it")
-        if self.teacher and (self.erase or self.label_smoothing):
-            raise ValueError("teacher cannot be combined with erase or label_smoothing; set them to 0")
+        if self.teacher and self.label_smoothing:
+            raise ValueError("teacher cannot be combined with label_smoothing; set it to 0")
         for name in _MIXER_ONLY if self.network != "mixer" else ():
             if getattr(self, name) != _DEFAULTS[name]:
                 raise ValueError(f"{name} applies to network='mixer' only, not to {self.network!r}; remove it")
@@ -154,15 +159,16 @@ _LABELS = {
     **{"num_epochs": "epochs{}", "limit": "limit{}", "num_blocks": "blocks{}", "patch_size": "patch{}"},
     **{"num_channels": "channels{}", "patches_mlp_dim": "tokenmlp{}", "channels_mlp_dim": "channelmlp{}"},
     **{"skip_connections": "noskip", "gelu": "{}gelu", "initialisation": "{}init", "whiten": "whiten"},
-    **{"inputs": "{}", "optimiser": "{}", "weight_decay": "decay{}", "schedule": "{}", "flip": "flip"},
-    **{"shift": "shift{}", "erase": "erase{}", "mixup_prob": "mixup{}", "label_smoothing": "smooth{}"},
-    **{"network": "{}", "teacher": "by-{}", "temperature": "temperature{}", "ema_decay": "average{}"},
-    **{"validation": "validation"},
+    **{"inputs": "{}", "optimiser": "{}", "weight_decay": "decay{}", "shared_filters": "filters{}"},
+    **{"schedule": "{}", "flip": "flip", "shift": "shift{}", "affine": "affine{}", "erase": "erase{}"},
+    **{"mixup_prob": "mixup{}", "label_smoothing": "smooth{}", "network": "{}", "teacher": "by-{}"},
+    **{"temperature": "temperature{}", "ema_decay": "average{}", "validation": "validation"},
 }
 _OLD_NAMES = {"mixup": "mixup_prob", "average": "ema_decay"}
 _ALIASES = _OLD_NAMES | {"learning_rate": "lr", "ema": "ema_decay", "workers": "jobs", "output": "results"}
 _FIELDS = dataclasses.fields(Config)
 _MIXER_ONLY = [field.name for field in _FIELDS if field.metadata["group"] == "model" and field.name != "network"]
+_MIXER_ONLY += ["shared_filters"]
 _DEFAULTS = {field.name: field.default for field in _FIELDS}
 _LISTS = {"lr": "lrs", "dropout_p": "dropouts", "batch_size": "batch_sizes", "seed": "seeds"}
 _WORDS = {field.name: ", ".join(get_args(field.type)) for field in _FIELDS if isinstance(field.default, str)}

@@ -3,16 +3,33 @@
 The coursework states neither; ours is Adam with PyTorch's defaults, at a constant learning rate.
 """
 
-from torch import nn
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer, RMSprop
 
+from mixer.config import Config
+from mixer.model import MlpMixer
 
-def optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
-    """Return the optimisers that together train all parameters of ``model``, for ``name`` as in ``Config.optimiser``.
+
+def optimisers(config: Config, model: nn.Module) -> list[Optimizer]:
+    """Return the optimisers that together train all parameters of ``model``.
 
     "muon" is Muon (Jordan et al. 2024) for the matrices in the blocks, and AdamW with 0.15 of its learning rate for the
     rest. The blocks of a convolutional network have no matrices, so AdamW trains all of it.
     """
+    several = _optimisers(config.optimiser, model, config.lr, config.weight_decay)
+    if config.shared_filters:
+        if not isinstance(model, MlpMixer):
+            raise ValueError(f"shared_filters need an MlpMixer, not a {type(model).__name__}: set it to 0")
+        into, out = ([getattr(block, name).weight for block in model.blocks] for name in ("patches_in", "patches_out"))
+        several.append(SharedFilters(into, out, config.shared_filters, several[-1].defaults["lr"]))
+    return several
+
+
+def _optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
     fused = next(model.parameters()).device.type != "mps"
     settings = {"lr": lr, "weight_decay": weight_decay, "fused": fused}
     match name:
@@ -45,3 +62,53 @@ def schedule(name: str, done: float, first: float) -> float:
     if name == "constant":
         return 1.0
     return done / first if done <= first else (1 - done) / (1 - first)  # linear: warm-up, then decay to 0
+
+
+class SharedFilters(AdamW):
+    """Trains convolutions beside the token-mixing matrices, and merges them at every step (RepMLP, arXiv:2105.01883).
+
+    A matrix from S patches to H hidden units (or back) is trained as the sum of a free matrix and F = H // S filters
+    that all patches share. Hidden unit f·S + p belongs to filter f at patch p, and reads (writes) the patches around p.
+    The gradient of a filter's weight is the sum over all patches. Its step is added to the matrix where the filter
+    stands, so the network is an ordinary mixer at all times. Another optimiser trains the free matrices.
+
+    into, out: the matrices to the hidden units (H, S) and back (S, H). side: of the filters, in patches.
+    """
+
+    def __init__(self, into: Sequence[Tensor], out: Sequence[Tensor], side: int, lr: float):
+        self.matrices = [(matrix, _same) for matrix in into] + [(matrix, torch.t) for matrix in out]
+        self.places = [_places(*turn(matrix).shape, side).to(matrix.device) for matrix, turn in self.matrices]
+        # What the filters themselves are does not matter, since they are merged: only their steps do.
+        zeros = [matrix.new_zeros(len(places)) for (matrix, _), places in zip(self.matrices, self.places, strict=True)]
+        super().__init__(zeros, lr=lr, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        filters = self.param_groups[0]["params"]
+        for (matrix, turn), places, weights in zip(self.matrices, self.places, filters, strict=True):
+            gradient = torch.cat([turn(matrix.grad).flatten(), matrix.new_zeros(1)])
+            weights.grad = gradient[places].sum(dim=1).to(weights.dtype)
+        super().step()
+        for (matrix, turn), places, weights in zip(self.matrices, self.places, filters, strict=True):
+            change = matrix.new_zeros(matrix.numel() + 1)
+            change[places] = weights[:, None].to(matrix.dtype).expand_as(places)
+            turn(matrix).add_(change[:-1].view_as(turn(matrix)))
+            weights.zero_()
+
+
+def _same(matrix: Tensor) -> Tensor:
+    return matrix
+
+
+def _places(units: int, patches: int, side: int) -> Tensor:
+    """Where each weight of each filter stands in the flat (H, S) matrix: (weights, S). H · S: beside the image."""
+    width, reach = math.isqrt(patches), side // 2
+    if width**2 != patches or units < patches:
+        wanted = "a square of patches, and at least as many hidden units in token mixing"
+        raise ValueError(f"shared_filters need {wanted}, not {patches} patches and {units} units")
+    unit = torch.arange(units // patches * patches).view(-1, 1, patches)  # (F, 1, S)
+    down, right = torch.meshgrid(*2 * [torch.arange(-reach, reach + 1)], indexing="ij")
+    row = torch.arange(patches) // width + down.reshape(1, -1, 1)
+    column = torch.arange(patches) % width + right.reshape(1, -1, 1)
+    inside = (row >= 0) & (row < width) & (column >= 0) & (column < width)
+    return torch.where(inside, unit * patches + row * width + column, units * patches).flatten(0, 1)

@@ -65,7 +65,8 @@ def train(
 
     model: a custom module, trained in place; by default the config's model. It maps normalised images (B, 1, H, W), or
     (B, 3, H, W) in colour, to logits (B, num_classes).
-    optimiser: a function of the model's parameters, in place of the config's optimiser, lr and weight_decay. The record
+    optimiser: a function of the model's parameters, in place of the config's optimiser, lr, weight_decay
+    and shared_filters. The record
     names a custom model and optimiser; choose a file name for it yourself.
     data: Fashion-MNIST by default. ``limit`` and ``validation`` of the config apply to any data.
     device: by default CUDA, else Apple's MPS, else the CPU.
@@ -167,7 +168,7 @@ class Run:
             self.brought["model"] = f"{type(model).__module__}.{type(model).__qualname__}, {count:,} parameters"
         self.model = (build_network(config, data, self.generator) if model is None else model).to(device)
         if optimiser is None:
-            self.optimisers = optimisers(config.optimiser, self.model, config.lr, config.weight_decay)
+            self.optimisers = optimisers(config, self.model)
         elif not callable(optimiser):
             raise ValueError("optimiser has to be a function, like lambda parameters: SGD(parameters, lr=0.1)")
         else:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import pad
 
-from mixer.augment import cut_out, draw_views, view
+from mixer.augment import cut_out, draw_views, view, warp
 
 
 @pytest.fixture
@@ -47,3 +47,27 @@ def test_cuts_out_a_square_around_any_pixel(side):
     assert torch.equal(cut.sum((1, 2)), tall * wide), "not a rectangle"
     assert tall.max() == wide.max() == side and tall.min() >= side // 2
     assert cut.any(0).all(), "some pixel is never cut"
+
+
+def test_warps_by_maps_within_the_given_strength(images):
+    """An image whose pixels are their own coordinates shows the map that was applied to it."""
+    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    for coordinate, others in ((rows, 0), (columns, 1)):
+        generator = torch.Generator().manual_seed(0)
+        ramp = (coordinate + 100).expand(500, 28, 28)
+        warped = warp(ramp, generator, flip=False, shift=2, strength=0.1)
+        centre = warped[:, 13:15, 13:15].mean((1, 2)) - 113.5
+        assert -2 <= centre.min() < -1.8 and 1.8 < centre.max() <= 2
+        slopes = warped[:, 14, 14] - warped[:, 13, 14], warped[:, 14, 14] - warped[:, 14, 13]
+        own, other = slopes[others], slopes[1 - others]
+        assert 0.9 - 1e-4 <= own.min() < 0.91 and 1.09 < own.max() <= 1.1 + 1e-4
+        assert -0.1 - 1e-4 <= other.min() < -0.09 and 0.09 < other.max() <= 0.1 + 1e-4
+
+
+def test_warping_by_nothing_changes_nothing_but_flips(images):
+    generator = torch.Generator().manual_seed(0)
+    assert torch.allclose(warp(images, generator, flip=False, shift=0, strength=0.0), images.float(), atol=1e-3)
+    flipped = warp(images, generator, flip=True, shift=0, strength=0.0)
+    same = [torch.allclose(one, image.float(), atol=1e-3) for one, image in zip(flipped, images, strict=True)]
+    turned = [torch.allclose(one, image.flip(1).float(), atol=1e-3) for one, image in zip(flipped, images, strict=True)]
+    assert all(a != b for a, b in zip(same, turned, strict=True)) and 150 < sum(same) < 250

@@ -19,7 +19,12 @@ IMPOSSIBLE = {
     "lr": [-0.1, "fast", float("nan"), float("inf"), 10**400, True, None, torch.rand(100), Decimal("0.5")],
     **{"dropout_p": [1.0, -1e-9], "batch_size": [0, 256.5, "256"], "num_epochs": [2.5], "seed": [-1, 2**32, False]},
     **{"limit": [0], "num_blocks": [0], "patch_size": [(4, 4, 4), 0, "44"], "skip_connections": ["no"]},
-    **{"shift": [-1], "erase": [2.5], "flip": [np.array([1, 0]), torch.tensor([True, False])]},
+    **{
+        "shift": [-1],
+        "erase": [2.5],
+        "shared_filters": [2, -1],
+        "flip": [np.array([1, 0]), torch.tensor([True, False])],
+    },
     **{"mixup_prob": [1.1], "label_smoothing": [-0.1], "ema_decay": [1], "temperature": [0]},
     **{"optimiser": ["magic"], "schedule": ["cosine"], "network": ["transformer"], "teacher": ["../conv"]},
     **{"gelu": ["fast"], "initialisation": [None], "inputs": ["raw"]},
@@ -49,7 +54,9 @@ def test_name_is_readable():
     assert Config(patch_size=(7, 4), skip_connections=False).name.endswith("_patch7x4_noskip")
 
 
-@pytest.mark.parametrize("fields", [{"temperature": 2}, {"teacher": "a", "erase": 8}, {"whiten": 1, "network": "mlp"}])
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 2}, {"teacher": "a", "label_smoothing": 0.1}, {"whiten": 1, "network": "mlp"}]
+)
 def test_rejects_fields_that_cannot_be_combined(fields):
     with pytest.raises(ValueError, match=f"^{next(iter(fields))} (applies|cannot be combined) "):
         Config(**fields)
@@ -65,6 +72,7 @@ def test_no_two_configs_share_a_name():
         "patch_size": [(1, 4), (4, 4), (4, 1), (14, 1)],
         **{"num_channels": [8, 16], "patches_mlp_dim": [8, 1024], "channels_mlp_dim": [8, 512]},
         **{"weight_decay": [0, 0.01], "shift": [0, 1, 2], "erase": [0, 4], "mixup_prob": [0, 0.5, 1]},
+        **{"affine": [0, 0.1], "shared_filters": [0, 3]},
         **{"label_smoothing": [0, 0.1], "temperature": [1, 2.5], "ema_decay": [0, 0.9, 0.99]},
         **{"network": ["mixer"], "teacher": ["", "conv", "conv-1"]},
     }
@@ -73,7 +81,7 @@ def test_no_two_configs_share_a_name():
     configs = {Config(network="mlp"), Config(network="conv")}
     for _ in range(20_000):
         drawn = {name: choose.choice(some) for name, some in values.items()}
-        drawn |= {"erase": 0, "label_smoothing": 0} if drawn["teacher"] else {"temperature": 1}
+        drawn |= {"label_smoothing": 0} if drawn["teacher"] else {"temperature": 1}
         configs.add(Config(**drawn))
     for name, some in values.items():  # and all that differ in one field only, except for a teacher's
         configs |= {Config(**{name: value}) for value in some if name != "temperature"}

@@ -72,6 +72,17 @@ def test_targets_are_the_teachers_logits_for_the_students_view(hundred, taught, 
     torch.testing.assert_close(loss(logits, batch), soft_target_loss(logits, answers, 2.0), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("change", [{"affine": 0.1}, {"erase": 8}], ids=str)
+def test_teacher_sees_images_that_never_recur_itself(hundred, taught, tmp_path, change):
+    config = Config(teacher="little", flip=True, shift=1, **change)
+    loss = Distillation(config, hundred, CPU, "float32")
+    batch = augmented(torch.arange(50), hundred, config, torch.Generator().manual_seed(0))
+    model = ConvNet()
+    model.load_state_dict(load(taught))
+    assert torch.equal(loss.targets(batch), model.eval()(batch.inputs))
+    assert not (tmp_path / "teachers").exists()
+
+
 def test_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path):
     config = Config(teacher="little", temperature=2.0, flip=True, shift=1, mixup_prob=0.5, **SMALL)
 

@@ -6,11 +6,12 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from conftest import first_images
-from torch.nn import functional
+from torch.nn import functional as F
 
 from mixer.augment import augmented
 from mixer.config import RECIPES, Config, grid
 from mixer.data import normalise
+from mixer.optim import SharedFilters
 from mixer.training import LabelLoss, Run, train
 
 CPU = torch.device("cpu")
@@ -46,6 +47,38 @@ def test_every_optimiser_trains_every_parameter_at_the_schedules_rate(few, optim
     else:
         assert rates[0] == pytest.approx(0.01 / steps) and rates[steps - 1] == pytest.approx(0.01) == max(rates)
         assert rates[-1] == pytest.approx(0) and rates[steps - 1 :] == sorted(rates[steps - 1 :], reverse=True)
+
+
+def test_shared_filters_train_a_convolution_beside_each_matrix():
+    """The steps equal those of W + unrolled(filters) by autograd, on a 5 × 5 grid of patches, in float64."""
+    generator, (units, patches) = torch.Generator().manual_seed(0), (53, 25)
+    into, out = (torch.randn(shape, generator=generator).double() for shape in [(units, patches), (patches, units)])
+    x = torch.randn(7, patches, generator=generator).double()
+    filters = [torch.zeros(units // patches, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def unrolled(weights):
+        image = torch.eye(patches, dtype=torch.float64).view(patches, 1, 5, 5)  # a pixel each
+        answers = F.conv2d(image, weights[:, None], padding=1).flatten(1).T  # (units, patches)
+        return F.pad(answers, (0, 0, 0, units % patches))
+
+    merged = [matrix.clone().requires_grad_() for matrix in (into, out)]
+    mine, plain = SharedFilters(merged[:1], merged[1:], 3, lr=0.1), torch.optim.AdamW(filters, lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        beside = into + unrolled(filters[0]), out + unrolled(filters[1]).T
+        for optimiser, (first, second) in ((plain, beside), (mine, merged)):
+            first.grad = second.grad = None
+            optimiser.zero_grad()
+            (F.gelu(x @ first.T) @ second.T).square().sum().backward()
+            optimiser.step()
+    torch.testing.assert_close(merged[0].detach(), into + unrolled(filters[0]).detach())
+    torch.testing.assert_close(merged[1].detach(), out + unrolled(filters[1]).detach().T)
+
+
+def test_shared_filters_need_a_mixer_with_a_square_of_patches(few):
+    with pytest.raises(ValueError, match=r"a square of patches, .* not 28 patches and 64 units"):
+        started(few, shared_filters=3, patch_size=(7, 4))
+    with pytest.raises(ValueError, match="shared_filters applies to network='mixer' only"):
+        Config(network="conv", shared_filters=3)
 
 
 def test_muon_trains_the_matrices_of_the_blocks_and_adamw_the_rest(few):
@@ -97,7 +130,7 @@ def test_mixed_images_have_the_mixed_loss(few):
     unmixed = normalise(few.train_images[index], few.pixel_mean, few.pixel_std)
     assert 0.5 <= batch.share < 1
     torch.testing.assert_close(batch.inputs, batch.share * unmixed + (1 - batch.share) * unmixed.flip(0))
-    logits, smooth = torch.randn(4, 10), functional.one_hot(few.train_labels[index], 10) * 0.9 + 0.01
+    logits, smooth = torch.randn(4, 10), F.one_hot(few.train_labels[index], 10) * 0.9 + 0.01
     target = batch.share * smooth + (1 - batch.share) * smooth.flip(0)
     torch.testing.assert_close(LabelLoss(config)(logits, batch), -(target * logits.log_softmax(1)).sum(1).mean())
 
@@ -118,8 +151,9 @@ def test_recipes_are_configs_and_grids():
         grid(recipe="secret")
 
 
-def test_modern_recipe_learns_real_images_and_resumes_bit_for_bit(data, tmp_path):
-    config = Config(**RECIPES["modern"] | SMALL | {"batch_size": 16, "num_epochs": 4, "ema_decay": 0.97})
+@pytest.mark.parametrize("more", [{}, {"shared_filters": 5, "affine": 0.1}], ids=str)
+def test_modern_recipe_learns_real_images_and_resumes_bit_for_bit(data, tmp_path, more):
+    config = Config(**RECIPES["modern"] | SMALL | {"batch_size": 16, "num_epochs": 4, "ema_decay": 0.97} | more)
     options = {"data": first_images(data, 800, 500), "device": "cpu", "progress": False}
 
     def stop(epoch, model):

@@ -51,11 +51,16 @@ class Distillation:
             weights = path.read_bytes()
         except OSError as error:
             raise ValueError(f"there is no teacher {path} ({error.strerror}): train it first") from None
+        self.weights_sha256 = hashlib.sha256(weights).hexdigest()
+        self.temperature, self.precision = config.temperature, precision
+        self.model = _conv_net(path, weights, data).to(device).requires_grad_(False)
+        self.logits, self.sha256 = None, self.weights_sha256
+        if config.affine or config.erase:  # no view recurs
+            return
         views = (2 if config.flip else 1) * (2 * config.shift + 1) ** 2
         decisive = repr((views, config.shift, precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()
         name = f"{config.teacher}-{hashlib.sha256(weights + decisive).hexdigest()[:16]}.bin"
         kept, shape = data_folder() / "teachers" / name, (views, len(data.train_images), data.num_classes)
-        self.model = _conv_net(path, weights, data).to(device).requires_grad_(False)
         check_writable(kept)
         with locked(kept.with_suffix(".lock")):  # of students started together, one computes the logits
             try:
@@ -63,17 +68,15 @@ class Distillation:
             except (OSError, ValueError):
                 content = _logits(self.model, data, views, config.shift, precision).numpy().tobytes()
                 write_whole(kept, seal(content))
-        self.weights_sha256 = hashlib.sha256(weights).hexdigest()
         self.sha256 = hashlib.sha256(content).hexdigest()  # of the logits, which may differ between machines
         self.logits = torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(device)
-        self.temperature, self.precision = config.temperature, precision
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         return soft_target_loss(logits, self.targets(batch), self.temperature)
 
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's logits (B, num_classes), float32, for the same inputs that the student sees."""
-        if batch.share == 1:
+        if batch.share == 1 and self.logits is not None:
             return self.logits[batch.views.to(self.logits.device), batch.index].float()
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, self.precision == "bfloat16", False):
             return self.model(batch.inputs)
