@@ -73,7 +73,7 @@ class Data:
         """
         tensors, name = [], type(train).__name__
         if getattr(train, "transforms", None):
-            warning = "The transforms of %s are not applied: augment with flip, shift and erase of Config."
+            warning = "The transforms of %s are not applied: augment with flip, shift, affine and erase of Config."
             getLogger("mixer").warning(warning, name)
         for part in (train, test):
             try:
