@@ -69,7 +69,7 @@ class Config:
     limit: int | None = _data(None, "use only this many training images, the first ones, and as many test images")
     num_blocks: int = _model(8, "number of mixer blocks")
     patch_size: tuple[int, int] = _model((4, 4), "height and width of a patch, in pixels")
-    num_channels: int = _model(16, "channels per patch; any number but 16 trains several times slower on a CPU")
+    num_channels: int = _model(16, "channels per patch; more than 64 train several times slower on a CPU")
     patches_mlp_dim: int = _model(1024, "hidden units of the token-mixing MLP")
     channels_mlp_dim: int = _model(512, "hidden units of the channel-mixing MLP")
     skip_connections: bool = _model(True, "add the input of each MLP to its output")

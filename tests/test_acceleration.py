@@ -77,7 +77,8 @@ CHANGES = {
     "a block's subclass": (put("__class__", type("Own", (MixerBlock,), {})), "a block is Own, not MixerBlock"),
     "a mixer's subclass": (lambda m, _: setattr(m, "__class__", type("Own", (MlpMixer,), {})), "Own is not MlpMixer"),
     "another network": (lambda model, _: nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), "Sequential is not MlpMixer"),
-    "32 channels": (lambda model, _: mixer(num_channels=32), "it has 32 channels, but the fused operator needs 16"),
+    "32 channels": (lambda model, _: mixer(num_channels=32), None),
+    "65 channels": (lambda model, _: mixer(num_channels=65), "65 channels, and the fused operator takes up to 64"),
 }
 
 

@@ -22,16 +22,18 @@ gelus = pytest.mark.parametrize("gelu", ["exact", "tanh"])
 # (batch, patches, hidden along patches, hidden along channels): the coursework's, and some that fill no tile
 SHAPES = [(6, 49, 1024, 512), (90, 1, 9, 65), (3, 40, 96, 20), (5, 7, 40, 100), (3, 4, 33, 33), (2, 196, 64, 40)]
 SMALL = (6, 49, 64, 32)
+# The same and the number of channels: some fill no square of 16, some no tile, and odd ones no word of bfloat16.
+WIDTHS = [(9, 5, 40, 33, 8), (3, 49, 64, 33, 64), (5, 18, 33, 40, 32), (4, 16, 40, 20, 48), (2, 20, 33, 33, 21)]
 NAMES = ["output", "x", *(name for name, _ in MixerBlock(1, 16, 1, 1).named_parameters())]
 
 
-def inputs(batch, patches, *hidden):
+def inputs(batch, patches, patches_hidden, channels_hidden, channels=16):
     """x, a block's parameters and a gradient, all of unit scale."""
     g = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(batch, patches, 16, generator=g) for _ in range(2))
+    x, grad = (torch.randn(batch, patches, channels, generator=g) for _ in range(2))
     tensors = [x]
-    for features, width in zip((patches, 16), hidden, strict=True):
-        tensors += [1 + torch.randn(16, generator=g) / 3, torch.randn(16, generator=g) / 3]
+    for features, width in ((patches, patches_hidden), (channels, channels_hidden)):
+        tensors += [1 + torch.randn(channels, generator=g) / 3, torch.randn(channels, generator=g) / 3]
         tensors += [torch.randn(width, features, generator=g) / features**0.5, torch.randn(width, generator=g) / 3]
         tensors += [torch.randn(features, width, generator=g) / width**0.5, torch.randn(features, generator=g) / 3]
     return tensors, grad
@@ -39,7 +41,8 @@ def inputs(batch, patches, *hidden):
 
 def eager(shape, p=0.0, skip=True, gelu="exact"):
     """MixerBlock in float64, as a function of x and the parameters."""
-    block = MixerBlock(shape[1], 16, *shape[2:], p, skip, gelu, generator=torch.Generator()).double()
+    _, patches, *hidden, channels = shape if len(shape) == 5 else (*shape, 16)
+    block = MixerBlock(patches, channels, *hidden, p, skip, gelu, generator=torch.Generator()).double()
 
     def output(x, *parameters):
         block.dropout.generator.manual_seed(5)
@@ -65,7 +68,7 @@ def answers(function, tensors, grad, dtype=torch.float32):
 @gelus
 @precisions
 @pytest.mark.parametrize(("p", "skip"), [(0.0, True), (0.5, True), (0.2, False)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *WIDTHS], ids=str)
 def test_agrees_with_mixer_block_in_float64(shape, p, skip, bfloat16, gelu):
     # Tolerances are for one MLP, so test each alone; the skip connection passes its input on to the other.
     for silent in ("patches_out", "channels_out") if skip else ("neither",):
@@ -129,6 +132,8 @@ def test_an_empty_batch_gives_gradients_of_zero():
 
 MISFITS = {
     "x of 8 channels": lambda x, p, s: (x[..., :8], p, s),
+    "x of 65 channels": lambda x, p, s: (x[..., :1].expand(3, 5, 65), p, s),
+    "x of no channels": lambda x, p, s: (x[..., :0], p, s),
     "x of other patches": lambda x, p, s: (x[:, :4], p, s),
     "x in float64": lambda x, p, s: (x.double(), p, s),
     "x without memory": lambda x, p, s: (x.to("meta"), p, s),
@@ -194,7 +199,7 @@ def _three_threads():
 
 @precisions
 @pytest.mark.usefixtures("_three_threads")
-@pytest.mark.parametrize("shape", [(37, 49, 128, 64), (2, 5, 40, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 49, 128, 64), (2, 5, 40, 9), (19, 49, 64, 64, 48)], ids=str)
 def test_is_bit_identical_on_one_to_eight_threads(shape, bfloat16):
     wanted = answers(operator(0.1, bfloat16), *inputs(*shape))
     for threads in range(1, 9):

@@ -45,7 +45,8 @@ constexpr int V = 4, ROWS = 4;
 #endif
 constexpr int HALF = ROWS / 2;  // rows per tile when two tiles share the registers
 constexpr int TALL = 2 * ROWS;  // rows of a register tile one vector wide
-constexpr int C = 16;           // channels of the residual stream
+constexpr int CHANNELS = 64;    // of the residual stream, at most
+constexpr int SIDE = 16;        // positions, and channels, of a square
 constexpr int R = 128;          // rows in a tile
 constexpr int BLOCK = 2 * V;    // hidden units in a block
 constexpr int GROUP = 8;        // blocks that share one product along the units, since its sums go through memory
@@ -115,7 +116,10 @@ struct Float32 {
     }
     static Vec words(Vec a, Vec) { return a; }
     static int lane_of(int unit) { return unit; }
-    static void put(Word* to, const float* from, int count) { memcpy(to, from, count * sizeof *to); }
+    static void put(Word* to, const float* from, int count) {
+        if (count == SIDE) memcpy(to, from, SIDE * sizeof *to);  // a constant size is faster
+        else memcpy(to, from, count * sizeof *to);
+    }
 
     // exp(x) for x <= 0: 2^n · e^r with |r| <= ln(2)/2, relative error below 2e-7.
     static Vec exp(Vec x) {
@@ -229,7 +233,7 @@ struct Bfloat16 {
     // Up to 16 elements as words; an odd last one is paired with the zero after it.
     static void put(Word* to, const float* from, int count) {
         const __m256i packed = (__m256i)_mm512_cvtneps_pbh((__m512)load(from));
-        if (count == C) return _mm256_storeu_si256((__m256i*)to, packed);
+        if (count == SIDE) return _mm256_storeu_si256((__m256i*)to, packed);
         _mm256_mask_storeu_epi32(to, (1 << (count + 1) / 2) - 1, packed);
     }
 
@@ -397,54 +401,58 @@ void parallel(int n, int threads, const std::function<void(int)>& f) {
     pool->run(n, threads, f);
 }
 
-// ---------------------------------------------------------------- blocks of 16 positions
+// ---------------------------------------------------------------- panels of 16 positions
 
-struct alignas(64) Square {
-    float v[C][C];
-
-    // [position][channel] <-> [channel][position]
-    void transpose() {
-#if defined(__AVX512F__)
-        const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        Vec row[C];
-        for (int i = 0; i < C; i++) row[i] = load(v[i]);
-#pragma GCC unroll 4
-        for (int step = 0; step < 4; step++) {  // swap the off-diagonal d×d parts of every 2d×2d part
-            const int d = 1 << step;
-            const Bits low = (lanes & d) ? (lanes ^ d) | 16 : lanes, high = (lanes & d) ? lanes | 16 : lanes | d;
-#pragma GCC unroll 16
-            for (int i = 0; i < C; i++)
-                if (!(i & d)) {
-                    const __m512 a = (__m512)row[i], b = (__m512)row[i + d];
-                    row[i] = (Vec)_mm512_permutex2var_ps(a, (__m512i)low, b);
-                    row[i + d] = (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b);
-                }
-        }
-        for (int i = 0; i < C; i++) store(v[i], row[i]);
-#else
-        for (int i = 0; i < C; i++)
-            for (int j = 0; j < i; j++) std::swap(v[i][j], v[j][i]);
-#endif
-    }
+// SIDE positions, in squares of SIDE channels each. The last square's missing channels are zero.
+// A transposed panel is [channel][position].
+struct alignas(64) Panel {
+    float v[CHANNELS][SIDE];
 };
+using Row = float[SIDE];
 
-// LayerNorm of a square [channel][position], in place, without the affine part.
+// [position][channel] <-> [channel][position]
+inline void transpose(Row* v) {
+#if defined(__AVX512F__)
+    const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Vec row[SIDE];
+    for (int i = 0; i < SIDE; i++) row[i] = load(v[i]);
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; step++) {  // swap the off-diagonal d×d parts of every 2d×2d part
+        const int d = 1 << step;
+        const Bits low = (lanes & d) ? (lanes ^ d) | 16 : lanes, high = (lanes & d) ? lanes | 16 : lanes | d;
+#pragma GCC unroll 16
+        for (int i = 0; i < SIDE; i++)
+            if (!(i & d)) {
+                const __m512 a = (__m512)row[i], b = (__m512)row[i + d];
+                row[i] = (Vec)_mm512_permutex2var_ps(a, (__m512i)low, b);
+                row[i + d] = (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b);
+            }
+    }
+    for (int i = 0; i < SIDE; i++) store(v[i], row[i]);
+#else
+    for (int i = 0; i < SIDE; i++)
+        for (int j = 0; j < i; j++) std::swap(v[i][j], v[j][i]);
+#endif
+}
+
+// LayerNorm of a transposed panel, in place, without the affine part.
 struct Norm {
-    alignas(64) float scale[C];
+    alignas(64) float scale[SIDE];
 
-    explicit Norm(Square& x) {
-        for (int i = 0; i < C; i += V) {
+    Norm(Panel& x, int channels) {
+        const float share = 1.f / channels;
+        for (int i = 0; i < SIDE; i += V) {
             Vec mean{}, square{};
-            for (int c = 0; c < C; c++) mean += load(&x.v[c][i]);
-            mean *= 1.f / C;
-            for (int c = 0; c < C; c++) {
+            for (int c = 0; c < channels; c++) mean += load(&x.v[c][i]);
+            mean *= share;
+            for (int c = 0; c < channels; c++) {
                 const Vec d = load(&x.v[c][i]) - mean;
                 square += d * d;
                 store(&x.v[c][i], d);
             }
-            store(scale + i, square * (1.f / C) + 1e-6f);
+            store(scale + i, square * share + 1e-6f);
             for (int j = i; j < i + V; j++) scale[j] = 1 / std::sqrt(scale[j]);
-            for (int c = 0; c < C; c++) store(&x.v[c][i], load(&x.v[c][i]) * load(scale + i));
+            for (int c = 0; c < channels; c++) store(&x.v[c][i], load(&x.v[c][i]) * load(scale + i));
         }
     }
 };
@@ -455,7 +463,7 @@ struct Call {
     const float *x, *gamma, *beta, *w1, *b1, *w2, *b2, *grad;
     float *out, *d_gamma, *d_beta, *d_w1, *d_b1, *d_w2, *d_b2;  // out (in backward, d_x) may alias x or grad
     const int64_t* seeds;  // of the dropout on the hidden layer and on the outputs
-    int64_t batch, patches, hidden;
+    int64_t batch, patches, channels, hidden;
     int32_t over_patches, threshold, skip, tanh, threads;
 };
 
@@ -509,7 +517,7 @@ struct Weights {
 struct Slice {
     Buffer<float> w1, w2, b1, b2;  // sums: [block][feature][lane] for w1 and w2, [unit], [feature]
     Word drop_rows[R];
-    alignas(64) float gamma[C][C], beta[C][C];  // sums: [channel][position modulo C]
+    alignas(64) float gamma[CHANNELS][SIDE], beta[CHANNELS][SIDE];  // sums: [channel][position modulo SIDE]
     Buffer<Word> x_rows, g_rows;          // [row][word of features]
     Buffer<Word> x_features, g_features;  // [feature][word of rows]
     Buffer<Word> h_rows, d_rows;          // a block of the hidden layer and of its gradient: [word of rows][lane]
@@ -519,19 +527,23 @@ struct Slice {
 
 template <class P>
 class Mixing {
-    static constexpr int PAIR = P::PAIR, RW = R / PAIR, BW = BLOCK / PAIR, CW = C / PAIR, UW = GROUP * BW;
+    static constexpr int PAIR = P::PAIR, RW = R / PAIR, BW = BLOCK / PAIR, UW = GROUP * BW;
 
     const Call& call;
     const bool backward, tokens;
     const int64_t positions;
+    const int channels;
     const int features, words;  // of a row: its patches or channels
     const int blocks;           // of the hidden layer
     const int vectors, rest;    // features = vectors · V + rest; a large rest becomes another vector
     const int wide;             // vectors · V
+    const int stride;           // rows of an image in token mixing: its channels, made whole words
     const int groups, group;    // a tile has `groups` images of `group` patches, or one group of R positions
+    const int rows;             // of a tile, rounded up to whole register tiles
     const int tiles, parts;     // parts: the slices in use
     const Dropout drop_hidden, drop_out;
-    Word drop_columns[C / 2];  // column hashes of the outputs' dropout
+    Word drop_columns[CHANNELS / 2];  // column hashes of the outputs' dropout
+    alignas(64) float b2[CHANNELS];   // in channel mixing
 
    public:
     Mixing(const Call& call, bool backward)
@@ -539,19 +551,23 @@ class Mixing {
           backward(backward),
           tokens(call.over_patches),
           positions(call.batch * call.patches),
-          features(tokens ? call.patches : C),
+          channels(call.channels),
+          features(tokens ? call.patches : channels),
           words((features + PAIR - 1) / PAIR),
           blocks((call.hidden + BLOCK - 1) / BLOCK),
           vectors(features / V + (features % V > 4)),
           rest(features % V > 4 ? 0 : features % V),
           wide(vectors * V),
-          groups(tokens ? R / C : 1),
+          stride((channels + PAIR - 1) / PAIR * PAIR),
+          groups(tokens ? R / stride : 1),
           group(tokens ? call.patches : R),
+          rows(tokens ? (groups * stride + TALL - 1) / TALL * TALL : R),
           tiles(tokens ? (call.batch + groups - 1) / groups : (positions + R - 1) / R),
           parts(std::min(tiles, SLICES)),
           drop_hidden(call.threshold, call.seeds[0]),
           drop_out(call.threshold, call.seeds[1]) {
-        for (int i = 0; i < C / 2; i++) drop_columns[i] = drop_out.column(i);
+        for (int i = 0; i < CHANNELS / 2; i++) drop_columns[i] = drop_out.column(i);
+        for (int c = 0; c < CHANNELS; c++) b2[c] = c < features && !tokens ? call.b2[c] : 0;
     }
 
     void run() {
@@ -619,96 +635,122 @@ class Mixing {
     void prepare(Slice& s) const {
         s.x_rows.reserve(R * words), s.h_units.reserve(R * UW);
         s.y.reserve(R * wide), s.y_rest.reserve(rest * R * V);
+        const bool gaps = tokens && groups * channels < rows;  // rows that nothing below writes
+        if (gaps) s.x_rows.clear(R * words);
         if (!backward) return;
         s.g_rows.reserve(R * words), s.x_features.reserve(features * RW), s.g_features.reserve(features * RW);
+        if (gaps) s.g_rows.clear(R * words), s.x_features.clear(features * RW), s.g_features.clear(features * RW);
         s.h_rows.reserve(RW * BLOCK), s.d_rows.reserve(RW * BLOCK), s.d_units.reserve(R * UW);
         const int64_t size = int64_t(blocks) * BLOCK * features;
-        s.w1.reserve(size), s.w2.reserve(size), s.b1.reserve(blocks * BLOCK), s.b2.reserve(features + C);
-        s.b1.clear(blocks * BLOCK), s.b2.clear(features + C);
+        s.w1.reserve(size), s.w2.reserve(size), s.b1.reserve(blocks * BLOCK), s.b2.reserve(features + SIDE);
+        s.b1.clear(blocks * BLOCK), s.b2.clear(features + SIDE);
         std::memset(s.gamma, 0, sizeof s.gamma), std::memset(s.beta, 0, sizeof s.beta);
     }
 
     // Calls f(first position, first feature or row within the group, group, number of existing positions) for every
-    // square of a tile, including those beyond the end of the batch.
+    // panel of a tile, including those beyond the end of the batch.
     template <class F>
-    void squares(int t, F f) const {
+    void panels(int t, F f) const {
         for (int g = 0; g < groups; g++) {
             const int64_t start = (int64_t(t) * groups + g) * group;
-            for (int i = 0; i < group; i += C)
-                f(start + i, i, g, int(std::clamp<int64_t>(positions - start - i, 0, std::min(C, group - i))));
+            for (int i = 0; i < group; i += SIDE)
+                f(start + i, i, g, int(std::clamp<int64_t>(positions - start - i, 0, std::min(SIDE, group - i))));
         }
     }
-
-    static void read(Square& to, const float* from, int64_t position, int count) {
-        std::memcpy(to.v, from + position * C, count * sizeof to.v[0]);
-        std::memset(to.v + count, 0, (C - count) * sizeof to.v[0]);
+    // Calls f(square, its first channel, its number of channels) for every square of a panel.
+    template <class F>
+    void squares(Panel& panel, F f) const {
+        if (channels == SIDE) return f(panel.v, 0, SIDE);  // constants are faster
+        for (int first = 0; first < channels; first += SIDE) f(panel.v + first, first, std::min(SIDE, channels - first));
+    }
+    void transpose(Panel& panel) const {
+        squares(panel, [](Row* square, int, int) { ::transpose(square); });
     }
 
+    // From memory, where positions are `channels` apart.
+    void read(Panel& to, const float* from, int64_t position, int count) const {
+        squares(to, [&](Row* square, int first, int there) {
+            if (count < SIDE || there < SIDE) std::memset(square, 0, SIDE * sizeof *square);
+            for (int j = 0; j < count; j++) copy(square[j], from + (position + j) * channels + first, there);
+        });
+    }
+    static void copy(float* to, const float* from, int count) {
+        if (count == SIDE) std::memcpy(to, from, SIDE * sizeof *to);  // a constant size is faster
+        else std::memcpy(to, from, count * sizeof *to);
+    }
     // to = from + y, or to = y without the skip connection
-    void put(float* to, const float* from, const Square& y, int64_t position, int count) const {
-        for (int j = 0; j < count; j++)
-            for (int c = 0; c < C; c += V) {
-                const int64_t at = (position + j) * C + c;
-                store(to + at, call.skip ? load(from + at) + load(&y.v[j][c]) : load(&y.v[j][c]));
+    void put(float* to, const float* from, Panel& y, int64_t position, int count) const {
+        squares(y, [&](Row* square, int first, int there) {
+            for (int j = 0; j < count; j++) {
+                const int64_t at = (position + j) * channels + first;
+                for (int c = 0; c < there && call.skip; c++) square[j][c] += from[at + c];
+                copy(to + at, square[j], there);
             }
+        });
     }
-    static void add_rows(const Square& from, float* to) {
-        for (int j = 0; j < C; j += V) {
+    static void add_rows(const Row* from, float* to) {
+        for (int j = 0; j < SIDE; j += V) {
             Vec total = load(to + j);
-            for (int i = 0; i < C; i++) total += load(&from.v[i][j]);
+            for (int i = 0; i < SIDE; i++) total += load(&from[i][j]);
             store(to + j, total);
         }
     }
 
     // Store words along the channels, from [position][channel]: rows in channel mixing, features in token mixing.
-    void put_channels(const Square& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
-        Word* to = tokens ? &features[i * RW + g * CW] : &rows[i * CW];
-        const int stride = tokens ? RW : CW, count = std::min(C, group - i);
-        for (int j = 0; j < count; j++) P::put(to + j * stride, from.v[j], C);
+    void put_channels(Panel& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
+        const int between = tokens ? RW : words, count = std::min(SIDE, group - i);
+        squares(from, [&](Row* square, int first, int there) {
+            Word* to = (tokens ? &features[i * RW + g * stride / PAIR] : &rows[i * words]) + first / PAIR;
+            for (int j = 0; j < count; j++) P::put(to + j * between, square[j], there);
+        });
     }
     // Store words along the positions, from [channel][position].
-    void put_positions(const Square& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
-        Word* to = (tokens ? &rows[g * C * words] : features.data) + i / PAIR;
-        const int stride = tokens ? words : RW, count = std::min(C, group - i);
-        for (int c = 0; c < C; c++) P::put(to + c * stride, from.v[c], count);
+    void put_positions(const Panel& from, int i, int g, Buffer<Word>& rows, Buffer<Word>& features) const {
+        Word* to = (tokens ? &rows[g * stride * words] : features.data) + i / PAIR;
+        const int between = tokens ? words : RW, count = std::min(SIDE, group - i);
+        for (int c = 0; c < channels; c++) P::put(to + c * between, from.v[c], count);
     }
 
     void put_normalised(int t, Slice& s) const {
-        squares(t, [&](int64_t position, int i, int g, int count) {
-            Square x;
+        panels(t, [&](int64_t position, int i, int g, int count) {
+            Panel x;
             read(x, call.x, position, count);
-            x.transpose();
-            Norm{x};
-            for (int c = 0; c < C; c++) {
-                for (int j = 0; j < C; j += V) store(&x.v[c][j], load(&x.v[c][j]) * call.gamma[c] + call.beta[c]);
-                for (int j = count; j < C; j++) x.v[c][j] = 0;
+            transpose(x);
+            Norm(x, channels);
+            for (int c = 0; c < channels; c++) {
+                for (int j = 0; j < SIDE; j += V) store(&x.v[c][j], load(&x.v[c][j]) * call.gamma[c] + call.beta[c]);
+                for (int j = count; j < SIDE; j++) x.v[c][j] = 0;
             }
             if (backward || tokens) put_positions(x, i, g, s.x_rows, s.x_features);
-            x.transpose();
+            transpose(x);
             if (backward || !tokens) put_channels(x, i, g, s.x_rows, s.x_features);
         });
     }
 
-    // Read a square of the product along the units: [channel][position] in token mixing, else [position][channel].
-    void get(Square& to, int i, int g, const Slice& s) const {
-        const int first = tokens ? i : 0, row = tokens ? g * C : i;
-        for (int a = 0; a < C; a++) {
-            if (first + C <= wide) std::memcpy(to.v[a], &s.y[(row + a) * wide + first], sizeof to.v[a]);
-            else
-                for (int k = first; k < first + C; k++)
-                    to.v[a][k - first] = k < wide       ? s.y[(row + a) * wide + k]
-                                         : k < features ? s.y_rest[((k - wide) * R + row + a) * V]
-                                                        : 0;
-        }
+    // Read a panel of the product along the units: [channel][position] in token mixing, else [position][channel].
+    void get(Panel& to, int i, int g, const Slice& s) const {
+        squares(to, [&](Row* square, int first_channel, int there) {
+            const int first = tokens ? i : first_channel, row = tokens ? g * stride + first_channel : i;
+            const int count = tokens ? there : SIDE;
+            for (int a = 0; a < count; a++) {
+                if (first + SIDE <= wide) std::memcpy(square[a], &s.y[(row + a) * wide + first], sizeof *square);
+                else
+                    for (int k = first; k < first + SIDE; k++)
+                        square[a][k - first] = k < wide       ? s.y[(row + a) * wide + k]
+                                               : k < features ? s.y_rest[((k - wide) * R + row + a) * V]
+                                                              : 0;
+            }
+            if (count < SIDE) std::memset(square + count, 0, (SIDE - count) * sizeof *square);
+        });
     }
 
     // y += units · along, for the group of blocks that ends with this block.
     void add_along_units(int block, const Word* units, Slice& s) const {
         if (block % GROUP < GROUP - 1 && block < blocks - 1) return;
         const int first = block / GROUP * GROUP, along = (block + 1 - first) * BW;
-        add_product<P, UW>(units, &weights.along[first * BW * int64_t(wide)], wide, along, s.y.data, wide, R, vectors);
+        add_product<P, UW>(units, &weights.along[first * BW * int64_t(wide)], wide, along, s.y.data, wide, rows, vectors);
         for (int k = 0; k < rest; k++)
-            for (int row = 0; row < R; row += TALL) {
+            for (int row = 0; row < rows; row += TALL) {
                 float* to = &s.y_rest[(k * R + row) * V];
                 Vec sums[TALL];
                 for (int m = 0; m < TALL; m++) sums[m] = load(to + m * V);
@@ -722,7 +764,10 @@ class Mixing {
     // Before and after a tile's blocks.
     void begin(int t, Slice& s) const {
         s.y.clear(R * wide), s.y_rest.clear(rest * R * V);
-        for (int row = 0; row < R; row++) s.drop_rows[row] = drop_hidden.row(int64_t(t) * R + row);
+        for (int row = 0; row < rows; row++) {
+            const int64_t image = int64_t(t) * groups + row / stride;
+            s.drop_rows[row] = drop_hidden.row(tokens ? image * channels + row % stride : int64_t(t) * R + row);
+        }
     }
     void finish(Slice& s) const {
         for (int i = 0; i < rest * R; i++) s.y_rest[i * V] = sum(load(&s.y_rest[i * V]));
@@ -734,19 +779,21 @@ class Mixing {
         if constexpr (!DROP) return KeepAll{};
         else return P::keep(drop_hidden.threshold, s.drop_rows[row], &weights.columns[block * BLOCK / 2]);
     }
-    // Apply dropout to the outputs of 16 positions, [position][channel].
-    void drop_outputs(Square& y, int64_t position) const {
+    // Apply dropout to the outputs of a panel, [position][channel].
+    void drop_outputs(Panel& y, int64_t position) const {
         if (!drop_out.threshold) return;
-        Word sums[C][C / 2];
-        for (int j = 0; j < C; j++)
-            for (int i = 0; i < C / 2; i++) sums[j][i] = drop_out.row(position + j) + drop_columns[i];
-        for (int i = 0; i < C * C; i += BLOCK) {
-            const auto kept = P::keep(drop_out.threshold, 0, sums[0] + i / 2);
-            for (int n = 0; n < 2; n++) {
-                float* at = y.v[0] + i + n * V;
-                store(at, P::select(load(at) * drop_out.scale, kept, n));
+        squares(y, [&](Row* square, int first, int) {
+            Word sums[SIDE][SIDE / 2];
+            for (int j = 0; j < SIDE; j++)
+                for (int i = 0; i < SIDE / 2; i++) sums[j][i] = drop_out.row(position + j) + drop_columns[first / 2 + i];
+            for (int i = 0; i < SIDE * SIDE; i += BLOCK) {
+                const auto kept = P::keep(drop_out.threshold, 0, sums[0] + i / 2);
+                for (int n = 0; n < 2; n++) {
+                    float* at = square[0] + i + n * V;
+                    store(at, P::select(load(at) * drop_out.scale, kept, n));
+                }
             }
-        }
+        });
     }
 
     template <bool DROP>
@@ -755,7 +802,7 @@ class Mixing {
         put_normalised(t, s);
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
-            for (int row = 0; row < R; row += ROWS) {
+            for (int row = 0; row < rows; row += ROWS) {
                 Vec z[ROWS][2];  // stays in registers from product to GELU, since 512-bit stores are slow
                 for (int m = 0; m < ROWS; m++)
                     for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]);
@@ -778,13 +825,16 @@ class Mixing {
             add_along_units(block, s.h_units.data, s);
         }
         finish(s);
-        squares(t, [&](int64_t position, int i, int g, int count) {
-            Square y;
+        panels(t, [&](int64_t position, int i, int g, int count) {
+            Panel y;
             get(y, i, g, s);
-            if (tokens) y.transpose();
-            for (int j = 0; j < count; j++)
-                for (int c = 0; c < C; c += V)
-                    store(&y.v[j][c], load(&y.v[j][c]) + (tokens ? broadcast(call.b2[i + j]) : load(call.b2 + c)));
+            if (tokens) transpose(y);
+            squares(y, [&](Row* square, int first, int) {
+                for (int j = 0; j < count; j++)
+                    for (int c = 0; c < SIDE; c += V)
+                        store(&square[j][c],
+                              load(&square[j][c]) + (tokens ? broadcast(call.b2[i + j]) : load(b2 + first + c)));
+            });
             drop_outputs(y, position);
             put(call.out, call.x, y, position, count);
         });
@@ -794,20 +844,20 @@ class Mixing {
     void tile_backward(int t, Slice& s, bool first) const {
         const typename P::Gelu gelu(call.tanh);
         put_normalised(t, s);
-        squares(t, [&](int64_t position, int i, int g, int count) {
-            Square grad;
+        panels(t, [&](int64_t position, int i, int g, int count) {
+            Panel grad;
             read(grad, call.grad, position, count);
             drop_outputs(grad, position);
             put_channels(grad, i, g, s.g_rows, s.g_features);
-            if (!tokens) add_rows(grad, &s.b2[0]);
-            grad.transpose();
+            if (!tokens) squares(grad, [&](Row* square, int first, int) { add_rows(square, &s.b2[first]); });
+            transpose(grad);
             put_positions(grad, i, g, s.g_rows, s.g_features);
-            if (tokens) add_rows(grad, &s.b2[i]);
+            if (tokens) squares(grad, [&](Row* square, int, int) { add_rows(square, &s.b2[i]); });
         });
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
             const int64_t at = block * words * int64_t(BLOCK);
-            for (int row = 0; row < R; row += HALF) {
+            for (int row = 0; row < rows; row += HALF) {
                 Vec z[HALF][2], d[HALF][2];
                 for (int m = 0; m < HALF; m++)
                     for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]), d[m][n] = Vec{};
@@ -846,33 +896,35 @@ class Mixing {
                 for (int n = 0; n < 2; n++) store(&s.b1[block * BLOCK + n * V], b1[n]);
             }
             const int64_t sums = block * features * int64_t(BLOCK);
-            add_product<P, RW>(s.g_features.data, s.h_rows.data, BLOCK, RW, &s.w2[sums], BLOCK, features, 2, !first);
-            add_product<P, RW>(s.x_features.data, s.d_rows.data, BLOCK, RW, &s.w1[sums], BLOCK, features, 2, !first);
+            const Word *g_features = s.g_features.data, *x_features = s.x_features.data;
+            const int along = rows / PAIR;
+            add_product<P, RW>(g_features, s.h_rows.data, BLOCK, along, &s.w2[sums], BLOCK, features, 2, !first);
+            add_product<P, RW>(x_features, s.d_rows.data, BLOCK, along, &s.w1[sums], BLOCK, features, 2, !first);
             add_along_units(block, s.d_units.data, s);
         }
         finish(s);
-        squares(t, [&](int64_t position, int i, int g, int count) {  // backward pass of LayerNorm and skip connection
-            Square x, d;
+        panels(t, [&](int64_t position, int i, int g, int count) {  // backward pass of LayerNorm and skip connection
+            Panel x, d;
             read(x, call.x, position, count);
-            x.transpose();
-            const Norm norm{x};
+            transpose(x);
+            const Norm norm(x, channels);
             get(d, i, g, s);
-            if (!tokens) d.transpose();
-            for (int j = 0; j < C; j += V) {
+            if (!tokens) transpose(d);
+            for (int j = 0; j < SIDE; j += V) {
                 Vec mean_d{}, mean_dx{};
-                for (int c = 0; c < C; c++) {
+                for (int c = 0; c < channels; c++) {
                     const Vec unit = load(&x.v[c][j]), dc = load(&d.v[c][j]), weighted = dc * call.gamma[c];
                     store(&s.gamma[c][j], load(&s.gamma[c][j]) + dc * unit);
                     store(&s.beta[c][j], load(&s.beta[c][j]) + dc);
                     mean_d += weighted, mean_dx += weighted * unit;
                 }
-                mean_d *= 1.f / C, mean_dx *= 1.f / C;
-                for (int c = 0; c < C; c++) {
+                mean_d *= 1.f / channels, mean_dx *= 1.f / channels;
+                for (int c = 0; c < channels; c++) {
                     const Vec inner = load(&d.v[c][j]) * call.gamma[c] - mean_d - load(&x.v[c][j]) * mean_dx;
                     store(&d.v[c][j], inner * load(norm.scale + j));
                 }
             }
-            d.transpose();
+            transpose(d);
             put(call.out, call.grad, d, position, count);
         });
     }
@@ -900,12 +952,13 @@ class Mixing {
                 call.d_w2[k * call.hidden + first + h] = drop_hidden.scale / P::FS * total[k * BLOCK + lane[h]];
     }
     void reduce_rest() const {
-        std::fill_n(call.d_b2, features, 0.f), std::fill_n(call.d_gamma, C, 0.f), std::fill_n(call.d_beta, C, 0.f);
+        std::fill_n(call.d_b2, features, 0.f);
+        std::fill_n(call.d_gamma, channels, 0.f), std::fill_n(call.d_beta, channels, 0.f);
         for (int part = 0; part < parts; part++) {
             const Slice& s = slices[part];
             for (int k = 0; k < features; k++) call.d_b2[k] += s.b2[k];
-            for (int c = 0; c < C; c++)
-                for (int i = 0; i < C; i++) call.d_gamma[c] += s.gamma[c][i], call.d_beta[c] += s.beta[c][i];
+            for (int c = 0; c < channels; c++)
+                for (int i = 0; i < SIDE; i++) call.d_gamma[c] += s.gamma[c][i], call.d_beta[c] += s.beta[c][i];
         }
     }
 };
@@ -948,16 +1001,16 @@ struct Chain {
     const float* x;
     const float* const* parameters;
     const int64_t *hidden, *seeds;
-    int64_t mixings, batch, patches;
+    int64_t mixings, batch, patches, channels;
     int32_t threshold, skip, tanh, threads, bfloat16;
 
-    int64_t size() const { return batch * patches * C; }
+    int64_t size() const { return batch * patches * channels; }
     void run(int i, const float* from, const float* grad, float* to, float* const* gradients) const {
         const float* const* w = parameters + 6 * i;
         float* d[6] = {};
         if (grad) std::copy_n(gradients + 6 * i, 6, d);
         const Call call = {from, w[0], w[1], w[2], w[3], w[4], w[5], grad, to, d[0], d[1], d[2], d[3], d[4], d[5],
-                           seeds + 2 * i, batch, patches, hidden[i], i % 2 == 0, threshold, skip, tanh, threads};
+                           seeds + 2 * i, batch, patches, channels, hidden[i], i % 2 == 0, threshold, skip, tanh, threads};
 #if defined(__AVX512BF16__)
         if (bfloat16) return Mixing<Bfloat16>(call, grad != nullptr).run();
 #endif

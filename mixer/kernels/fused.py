@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mixer.kernels import build
 from mixer.kernels.dropout import threshold
 
-CHANNELS = 16  # of the residual stream; fused.cpp supports no other number
+CHANNELS = 64  # of the residual stream, at most; as in fused.cpp
 EPS = 1e-6  # of fused.cpp's LayerNorms
 PARAMETERS = 12  # per block
 _LAYERS = ("patches_norm", "patches_in", "patches_out", "channels_norm", "channels_in", "channels_out")
@@ -48,7 +48,7 @@ def parameters_of(blocks: Sequence[nn.Module]) -> list[Tensor]:
 def fused_blocks(
     x: Tensor, parameters: list[Tensor], seeds: Tensor, p: float, bfloat16: bool, skip: bool = True, gelu: str = "exact"
 ) -> Tensor:
-    """Compute all blocks: (B, S, 16) -> (B, S, 16), float32 on the CPU, with first derivatives.
+    """Compute all blocks: (B, S, C) -> (B, S, C), float32 on the CPU, with first derivatives, C <= CHANNELS.
 
     ``parameters``: from :func:`parameters_of`. ``p``: dropout probability, 0 outside training. ``seeds``: int64
     (blocks, 4), for the same masks as in ``MixerBlock``. ``gelu``: "exact" or "tanh". ``bfloat16``: multiply in
@@ -74,12 +74,13 @@ def check(x: Tensor, parameters: list[Tensor], seeds: Tensor) -> None:
     for tensor in (x, *parameters):
         if tensor.dtype is not torch.float32 or tensor.layout is not torch.strided or not tensor.is_cpu:
             raise ValueError(f"tensors have to be float32 on the CPU, not {tensor.dtype} on {tensor.device}")
-    if x.ndim != 3 or x.shape[2] != CHANNELS:
-        raise ValueError(f"x has to be (batch, patches, {CHANNELS}), not {tuple(x.shape)}")
+    if x.ndim != 3 or not 1 <= x.shape[2] <= CHANNELS:
+        raise ValueError(f"x has to be (batch, patches, 1 to {CHANNELS} channels), not {tuple(x.shape)}")
+    patches, channels = x.shape[1:]
     for i in range(0, len(parameters), 6):
         shapes = [tuple(tensor.shape) for tensor in parameters[i : i + 6]]
-        size, hidden = CHANNELS if i % PARAMETERS else x.shape[1], shapes[2][0]
-        if shapes != [(CHANNELS,), (CHANNELS,), (hidden, size), (hidden,), (size, hidden), (size,)]:
+        size, hidden = channels if i % PARAMETERS else patches, shapes[2][0]
+        if shapes != [(channels,), (channels,), (hidden, size), (hidden,), (size, hidden), (size,)]:
             raise ValueError(f"the parameters of an MLP do not fit {size} features: {shapes}")
         # Counts in fused.cpp and dropout's row numbers have 32 bits.
         if max(size, CHANNELS) * max(hidden, 128) >= 2**30 or max(size, CHANNELS) * x.shape[0] >= 2**31:
@@ -151,7 +152,7 @@ class _Chain(ctypes.Structure):
         ("parameters", ctypes.POINTER(ctypes.c_void_p)),
         ("hidden", ctypes.POINTER(ctypes.c_int64)),
         ("seeds", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("mixings", "batch", "patches")),
+        *((name, ctypes.c_int64) for name in ("mixings", "batch", "patches", "channels")),
         *((name, ctypes.c_int32) for name in ("threshold", "skip", "tanh", "threads", "bfloat16")),
     )
 
@@ -160,7 +161,7 @@ def _chain(settings: tuple[float, bool, bool, str], x: Tensor, seeds: Tensor, pa
     p, bfloat16, skip, gelu = settings
     hidden = [w1.shape[0] for w1 in parameters[2::6]]
     sizes = (ctypes.c_int64 * len(hidden))(*hidden)
-    counts = len(hidden), *x.shape[:2]
+    counts = len(hidden), *x.shape
     switches = threshold(p), skip, gelu == "tanh", threads(), bfloat16
     return _Chain(x.data_ptr(), _pointers(parameters), sizes, seeds.data_ptr(), *counts, *switches)
 
