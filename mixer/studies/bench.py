@@ -1,6 +1,6 @@
 """Speed of the fast path on this machine, compared with its peers.
 
-    python -m mixer.studies.bench               a quarter of an hour; a file in results/bench/, shown by speed.ipynb
+    python -m mixer.studies.bench               half an hour; a file in results/bench/, shown by speed.ipynb
     python -m mixer.studies.bench --quick       a trial of some minutes; writes nothing
 
 All variants train on the same batches in one process, in alternation, so that other load on the machine affects them
@@ -46,8 +46,13 @@ LABELS = {
     "float32": "this model, eager float32",
     "bfloat16": "this model, eager bfloat16",
     "compile": "this model, torch.compile, bfloat16",
+    "autotune_float32": "this model, max-autotune, float32",
+    "autotune": "this model, max-autotune, bfloat16",
+    "jax": "this model in JAX, jit, float32",
     "fast": "this project's fast path",
 }
+IN_BFLOAT16 = ("bfloat16", "compile", "autotune")
+MODES = {"compile": "default", "autotune_float32": "max-autotune", "autotune": "max-autotune"}  # of torch.compile
 
 
 class Trainer:
@@ -57,16 +62,15 @@ class Trainer:
         torch.manual_seed(0)
         self.device, fast = device, variant == "fast"
         self.model = (_timm if variant == "timm" else MlpMixer)(dropout_p=dropout_p, **sizes).to(device)
-        bfloat16 = variant in ("bfloat16", "compile") or (fast and find_precision(device) == "bfloat16")
+        bfloat16 = variant in IN_BFLOAT16 or (fast and find_precision(device) == "bfloat16")
         # Peers are set up as users do: autocast caches weights, and the optimiser is not fused.
         precision = {"enabled": bfloat16, "cache_enabled": not fast}
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, **precision)
         self.threads = fused.threads_for_the_operator if fast else contextlib.nullcontext
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=lr, **({"fused": True} if fast else {}))
         self.forward = self.model
-        if variant == "compile":
-            torch._dynamo.reset()  # its limit on recompilations also counts other models
-            self.forward = torch.compile(self.model)
+        if variant in MODES:
+            self.forward = torch.compile(self.model, mode=MODES[variant])
         elif fast:
             with self.threads(), self.autocast():
                 self.forward = accelerate(self.model, batch(BATCHES[0], device)[0])
@@ -96,6 +100,17 @@ def _timm(dropout_p: float, num_blocks: int = 8, patches_mlp_dim: int = 1024, ch
     sizes = {"num_blocks": num_blocks, "mlp_ratio": (patches_mlp_dim / 16, channels_mlp_dim / 16)}
     images = {"num_classes": 10, "img_size": 28, "in_chans": 1, "patch_size": 4}
     return TimmMixer(**images, **sizes, embed_dim=16, proj_drop_rate=dropout_p)
+
+
+def make_trainer(variant: str, dropout_p: float, device: torch.device, **sizes: Any) -> Any:
+    """Return a ``Trainer`` or a ``JaxTrainer``. Raises an exception of any kind if the variant cannot run here."""
+    if variant != "jax":
+        return Trainer(variant, dropout_p, device, **sizes)
+    from mixer.studies.jax_peer import JaxTrainer
+
+    if device.type != "cpu":
+        raise ValueError("it is measured on CPUs only")
+    return JaxTrainer(MlpMixer(dropout_p=dropout_p, **sizes))
 
 
 def batch(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -146,11 +161,13 @@ def memory(variant: str, dropout_p: float, size: int, device: torch.device) -> f
     """Peak MiB of training, in a separate process; on a CPU, without the memory in use after all imports."""
     if variant == "timm":
         import timm.models.mlp_mixer  # noqa: F401
+    if variant == "jax":
+        import mixer.studies.jax_peer  # noqa: F401
     fused.available()  # loads the operator
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))
     cuda = device.type == "cuda"
     before = 0 if cuda else _status("VmRSS")
-    trainer, (images, labels) = Trainer(variant, dropout_p, device), batch(size, device)
+    trainer, (images, labels) = make_trainer(variant, dropout_p, device), batch(size, device)
     if cuda:  # without accelerate's comparison
         torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
@@ -202,11 +219,13 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
         for name, of_steps in seconds.items():
             row = {"variant": name, "dropout_p": dropout_p, "batch_size": size, **sizes, **summary(of_steps)}
             gflops = step_flop(size, **sizes) / row["median"] / 1e6
-            of = peaks["float32" if name in ("timm", "float32") or precision == "float32" else "bfloat16"]
+            in_bfloat16 = name in IN_BFLOAT16 or (name == "fast" and precision == "bfloat16")
+            of = peaks["bfloat16" if in_bfloat16 else "float32"]
             row |= {"gflops": round(gflops, 1), "share_of_peak": round(gflops / of, 3)}
             row |= {"images_per_second": round(1e3 * size / row["median"])}
             rows.append(row | {"times_as_fast": first and round(first / row["median"], 2)})
             print(_line(rows[-1]), flush=True)
+        print(headline(rows), flush=True)
         return rows
 
     steps, mib = [], {}
@@ -244,9 +263,10 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
 def _trainers(names: list[str], dropout_p: float, size: int, device: torch.device, **sizes: int) -> dict[str, Trainer]:
     """Trainers of the variants that run here, after a first step."""
     trainers = {}
+    torch._dynamo.reset()  # torch.compile's limit on recompilations also counts earlier models
     for name in names:
         try:
-            trainer = Trainer(name, dropout_p, device, **sizes)
+            trainer = make_trainer(name, dropout_p, device, **sizes)
             trainer.step(*batch(size, device))
             trainers[name] = trainer
         except Exception as error:  # say timm is not installed, or torch.compile has no compiler
@@ -282,6 +302,16 @@ def file_name(environment: dict[str, Any]) -> str:
     """One name per machine."""
     machine = f"{environment['device']} {environment['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "_", machine.lower()) + ".json"
+
+
+def headline(rows: list[dict[str, Any]]) -> str:
+    """Say how many times as fast as the fastest peer the fast path is; nothing if either was not measured."""
+    ours = [row["median"] for row in rows if row["variant"] == "fast"]
+    peers = [(row["median"], LABELS[row["variant"]]) for row in rows if row["variant"] != "fast"]
+    if not (ours and peers):
+        return ""
+    median, label = min(peers)
+    return f"The fast path is {median / ours[0]:.2f} times as fast as the fastest peer here: {label}."
 
 
 def _line(row: dict[str, Any]) -> str:
