@@ -29,7 +29,7 @@ int main() {
 
     Chain chain = {};
     chain.x = x.data(), chain.parameters = from.data(), chain.hidden = hidden.data(), chain.seeds = seeds.data();
-    chain.mixings = mixings, chain.batch = batch, chain.patches = patches;
+    chain.mixings = mixings, chain.batch = batch, chain.patches = patches, chain.channels = channels;
     chain.threshold = n[4], chain.skip = n[5], chain.tanh = n[6], chain.threads = n[7];
     std::vector<float> stream((mixings - 1) * size), output(size);
     mixing_forward(&chain, stream.data(), output.data());
