@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,9 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
     """Return the content of the JSON file. Times are milliseconds per step."""
     threads, precision = torch.get_num_threads(), find_precision(device)
     here = environment(device, precision) | {"path": Trainer("fast", 0.0, device).path}
+    for name in ("timm", "jax"):
+        with contextlib.suppress(PackageNotFoundError):  # this peer is left out
+            here[name] = version(name)
     seconds = 0.5 if quick else 3
     peaks = {name: round(peak(getattr(torch, name), device, seconds) / 1e9, 1) for name in ("float32", "bfloat16")}
     print(f"{here['device']}, {threads} threads, {precision}, path {here['path']}")
@@ -341,6 +345,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         device = find_device(options.device)
+        if device.type == "mps" and options.device is None:
+            device = torch.device("cpu")  # there is no fast path on MPS
         keep = not options.quick and options.variants == list(LABELS)
         path = FOLDER / file_name(environment(device, find_precision(device)))
         if keep:
