@@ -910,31 +910,23 @@ class Mixing {
             const Norm norm(x, channels);
             get(d, i, g, s);
             if (!tokens) transpose(d);
-            channels == SIDE ? through_norm<SIDE>(x, d, norm, s) : through_norm<0>(x, d, norm, s);
+            for (int j = 0; j < SIDE; j += V) {
+                Vec mean_d{}, mean_dx{};
+                for (int c = 0; c < channels; c++) {
+                    const Vec unit = load(&x.v[c][j]), dc = load(&d.v[c][j]), weighted = dc * call.gamma[c];
+                    store(&s.gamma[c][j], load(&s.gamma[c][j]) + dc * unit);
+                    store(&s.beta[c][j], load(&s.beta[c][j]) + dc);
+                    mean_d += weighted, mean_dx += weighted * unit;
+                }
+                mean_d *= 1.f / channels, mean_dx *= 1.f / channels;
+                for (int c = 0; c < channels; c++) {
+                    const Vec inner = load(&d.v[c][j]) * call.gamma[c] - mean_d - load(&x.v[c][j]) * mean_dx;
+                    store(&d.v[c][j], inner * load(norm.scale + j));
+                }
+            }
             transpose(d);
             put(call.out, call.grad, d, position, count);
         });
-    }
-
-    // Backward pass of LayerNorm, d in place, [channel][position]. KNOWN: the number of channels, or 0. With a constant the
-    // compiler unrolls both loops, which decides where it fuses multiply and add, and so the bits of all records.
-    template <int KNOWN>
-    void through_norm(const Panel& x, Panel& d, const Norm& norm, Slice& s) const {
-        const int count = KNOWN ? KNOWN : channels;
-        for (int j = 0; j < SIDE; j += V) {
-            Vec mean_d{}, mean_dx{};
-            for (int c = 0; c < count; c++) {
-                const Vec unit = load(&x.v[c][j]), dc = load(&d.v[c][j]), weighted = dc * call.gamma[c];
-                store(&s.gamma[c][j], load(&s.gamma[c][j]) + dc * unit);
-                store(&s.beta[c][j], load(&s.beta[c][j]) + dc);
-                mean_d += weighted, mean_dx += weighted * unit;
-            }
-            mean_d *= 1.f / count, mean_dx *= 1.f / count;
-            for (int c = 0; c < count; c++) {
-                const Vec inner = load(&d.v[c][j]) * call.gamma[c] - mean_d - load(&x.v[c][j]) * mean_dx;
-                store(&d.v[c][j], inner * load(norm.scale + j));
-            }
-        }
     }
 
     void reduce(int block) const {
