@@ -56,7 +56,7 @@ def accelerate(model: nn.Module, images: Tensor) -> Forward:
     """
     choice = choose(model, images)
     if choice.path == "eager":
-        log.warning("The model runs in eager PyTorch, since %s.", choice.reason)
+        log.warning("The model runs in eager PyTorch, which is slower, since %s.", choice.reason)
     return choice.forward
 
 
@@ -106,9 +106,7 @@ def _fused(model: nn.Module, images: Tensor) -> Choice:
         raise NotServed("the fused operator is not available" if fused.WANTED else "MIXER_FUSED=0 is set")
     try:
         if model.num_channels > fused.CHANNELS:
-            raise NotServed(
-                f"it has {model.num_channels} channels, and the fused operator takes up to {fused.CHANNELS}"
-            )
+            raise NotServed(f"it has {model.num_channels} channels, and the operator takes 1 to {fused.CHANNELS}")
         fast = Fused(model)
         with torch.autocast("cpu", enabled=False), fused.threads_for_the_operator():
             _compare(model, fast, images[:PROOF_IMAGES].float())

@@ -37,20 +37,19 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int V = 16, ROWS = 8;  // floats in a vector; rows of a register tile, 2 or 3 vectors wide
+constexpr int V = 16, ROWS = 8, WIDE = 8;  // floats in a vector; rows of a register tile 2, and 3, vectors wide
 #elif defined(__AVX__)
-constexpr int V = 8, ROWS = 4;
+constexpr int V = 8, ROWS = 6, WIDE = 4;
 #else
-constexpr int V = 4, ROWS = 4;
+constexpr int V = 4, ROWS = 4, WIDE = 4;
 #endif
-constexpr int HALF = ROWS / 2;  // rows per tile when two tiles share the registers
-constexpr int TALL = 2 * ROWS;  // rows of a register tile one vector wide
-constexpr int CHANNELS = 64;    // of the residual stream, at most
-constexpr int SIDE = 16;        // positions, and channels, of a square
-constexpr int R = 128;          // rows in a tile
-constexpr int BLOCK = 2 * V;    // hidden units in a block
-constexpr int GROUP = 8;        // blocks that share one product along the units, since its sums go through memory
-constexpr int SLICES = 8;       // parts of a batch, and so the maximum number of busy threads
+constexpr int TALL = 2 * ROWS;        // rows of a register tile one vector wide
+constexpr int CHANNELS = 64;          // of the residual stream, at most
+constexpr int SIDE = 16;              // positions, and channels, of a square
+constexpr int R = V == 8 ? 96 : 128;  // rows in a tile: a multiple of TALL and of SIDE
+constexpr int BLOCK = 2 * V;          // hidden units in a block
+constexpr int GROUP = 8;   // blocks that share one product along the units, since its sums go through memory
+constexpr int SLICES = 8;  // parts of a batch, and so the maximum number of busy threads
 
 typedef float Vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(4 * V), aligned(4), may_alias));
@@ -101,7 +100,7 @@ struct KeepAll {};  // a mask that drops nothing
 // derivative DS·gelu'(z). It may choose the factors, which are absorbed into the packed weights.
 struct Float32 {
     static constexpr int PAIR = 1;  // elements in a word
-    static constexpr float ZS = 1, FS = 1, DS = 1;
+    static constexpr float ZS = 1, FS = 2, DS = 2;
 
     static Vec dot(Vec sum, Word a, Vec b) {
         float x;
@@ -121,43 +120,33 @@ struct Float32 {
         else memcpy(to, from, count * sizeof *to);
     }
 
-    // exp(x) for x <= 0: 2^n · e^r with |r| <= ln(2)/2, relative error below 2e-7.
-    static Vec exp(Vec x) {
-        x = x > -87.f ? x : broadcast(-87.f);
-        const float magic = 12582912.f;  // 1.5 · 2^23: adding it rounds to an integer
-        Vec n = x * 1.44269504f + magic;
-        Bits exponent = (Bits)n << 23;
-        n -= magic;
-        Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-        Vec p = broadcast(1.f / 5040);
-        for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) p = p * r + c;
-        return (Vec)((Bits)p + exponent);
-    }
-    // erfc by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7), or the tanh approximation, z·sigmoid(2w) with
-    // w = √(2/π)·(z + 0.044715 z³). Both need one exp.
+    // F(z) = 2·gelu(z) = z + u - u·E(u) with u = |z| and E(u) = erfc(u/√2), or 2·sigmoid(-2w) in the tanh form, with
+    // w = √(2/π)·(u + 0.044715 u³). E^(-1/16) is nearly a polynomial P, so F and F' need no exponential:
+    // E' = -16·E·P'/P. P minimises the largest error on u < 5.6: without rounding, 2e-7 of gelu and 7e-7 of gelu'.
     struct Gelu {
-        bool tanh;
-        explicit Gelu(bool tanh) : tanh(tanh) {}
-        void operator()(Vec z, Vec* f, Vec* derivative) const {
-            if (tanh) {
-                const Vec square = z * z, w2 = (2 * 0.79788456f) * z * (1.f + 0.044715f * square);
-                const Vec e = exp(w2 < 0.f ? w2 : -w2), upper = 1.f / (1.f + e), lower = e * upper;
-                const Vec sigmoid = w2 < 0.f ? lower : upper;
-                *f = z * sigmoid;
-                if (derivative) *derivative = sigmoid + w2_slope(square) * z * upper * lower;
-                return;
-            }
-            Vec u = z < 0.f ? -z : z;
-            Vec e = exp(-0.5f * u * u);
-            Vec t = 1.f / (1.f + (0.3275911f * 0.70710678f) * u);
-            Vec tail = broadcast(0.5f * 1.061405429f);  // becomes Φ(-u)
-            for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) tail = tail * t + 0.5f * c;
-            tail = tail * t * e;
-            Vec phi = z < 0.f ? tail : 1.f - tail;
-            *f = z * phi;
-            if (derivative) *derivative = phi + z * (0.398942280f * e);
+        static constexpr int DEGREE = 8;
+        Vec c[DEGREE + 1];
+        explicit Gelu(bool tanh) {
+            const float both[2][DEGREE + 1] = {{1, 4.98678808e-2, 2.11367548e-2, 3.28770059e-3, 2.94792877e-5,
+                                                4.95450879e-5, 7.99818261e-6, -1.24444738e-6, 1.68480238e-7},
+                                               {1, 4.98655392e-2, 2.11603481e-2, 3.15913215e-3, 1.52747472e-4,
+                                                -1.03235516e-4, 9.1416018e-5, -1.32822109e-5, 1.03267335e-6}};
+            for (int i = 0; i <= DEGREE; i++) c[i] = broadcast(both[tanh][i]);
         }
-        static Vec w2_slope(Vec square) { return (2 * 0.79788456f) * (1.f + (3 * 0.044715f) * square); }
+        void operator()(Vec z, Vec* f, Vec* derivative) const {
+            const Bits sign = Bits{} + 0x80000000u;
+            const Vec size = (Vec)((Bits)z & ~sign), u = size < 6.f ? size : broadcast(6.f);  // E(6) is nearly 0
+            Vec p = c[DEGREE] * u + c[DEGREE - 1], slope = c[DEGREE];
+            for (int i = DEGREE - 2; i >= 0; i--) {
+                if (derivative) slope = slope * u + p;
+                p = p * u + c[i];
+            }
+            const Vec inverse = 1.f / p, e2 = inverse * inverse, e4 = e2 * e2, e8 = e4 * e4, e = e8 * e8;
+            *f = (z + size) - u * e;
+            if (!derivative) return;
+            const Vec rest = 1.f - e * (1.f - 16 * u * inverse * slope);
+            *derivative = 1.f + (Vec)((Bits)rest ^ ((Bits)z & sign));
+        }
     };
     // Which of BLOCK elements of a row dropout keeps, with two elements per column word.
     struct Keep {
@@ -316,12 +305,12 @@ void tile_of(int rows, const Word* a, const Word* b, int64_t bs, int words, floa
 template <class P, int AS>
 void add_product(const Word* a, const Word* b, int64_t bs, int words, float* c, int64_t cs, int rows, int vectors,
                  bool add = true) {
-    const int most = vectors == 1 ? TALL : ROWS, parts = (rows + most - 1) / most;
+    const int most = vectors == 1 ? TALL : vectors == 2 ? ROWS : WIDE, parts = (rows + most - 1) / most;
     for (int part = 0; part < parts; part++) {
         const int m = int64_t(rows) * part / parts, count = int64_t(rows) * (part + 1) / parts - m;
         for (int n = 0; n < vectors;) {
             const int left = vectors - n, width = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
-            auto run = width == 3   ? tile_of<P, AS, ROWS, 3>
+            auto run = width == 3   ? tile_of<P, AS, WIDE, 3>
                        : width == 2 ? tile_of<P, AS, ROWS, 2>
                                     : tile_of<P, AS, TALL, 1>;
             run(count, a + m * AS, b + n * V, bs, words, c + m * cs + n * V, cs, add);
@@ -528,6 +517,10 @@ struct Slice {
 template <class P>
 class Mixing {
     static constexpr int PAIR = P::PAIR, RW = R / PAIR, BW = BLOCK / PAIR, UW = GROUP * BW;
+    // Backward has two products along the features. In bfloat16 their sums share the registers. In float32, where they
+    // take twice as many steps, it is faster to compute one after the other, each in all registers.
+    static constexpr bool TOGETHER = PAIR == 2;
+    static constexpr int HALF = TOGETHER ? ROWS / 2 : ROWS;  // rows of each
 
     const Call& call;
     const bool backward, tokens;
@@ -660,7 +653,6 @@ class Mixing {
     // Calls f(square, its first channel, its number of channels) for every square of a panel.
     template <class F>
     void squares(Panel& panel, F f) const {
-        if (channels == SIDE) return f(panel.v, 0, SIDE);  // constants are faster
         for (int first = 0; first < channels; first += SIDE) f(panel.v + first, first, std::min(SIDE, channels - first));
     }
     void transpose(Panel& panel) const {
@@ -683,7 +675,11 @@ class Mixing {
         squares(y, [&](Row* square, int first, int there) {
             for (int j = 0; j < count; j++) {
                 const int64_t at = (position + j) * channels + first;
-                for (int c = 0; c < there && call.skip; c++) square[j][c] += from[at + c];
+                if (call.skip) {
+                    Row x = {};
+                    copy(x, from + at, there);
+                    for (int c = 0; c < SIDE; c += V) store(&square[j][c], load(x + c) + load(&square[j][c]));
+                }
                 copy(to + at, square[j], there);
             }
         });
@@ -796,6 +792,18 @@ class Mixing {
         });
     }
 
+    // z += rows · units, along the features.
+    template <int M>
+    void add_features(Vec (&z)[M][2], const Word* rows, const Word* units) const {
+        if (words <= 0) __builtin_unreachable();
+        for (int w = 0; w < words; w++) {
+            Vec a[2];
+            for (int n = 0; n < 2; n++) a[n] = load(units + w * BLOCK + n * V);
+            for (int m = 0; m < M; m++)
+                for (int n = 0; n < 2; n++) z[m][n] = P::dot(z[m][n], rows[m * words + w], a[n]);
+        }
+    }
+
     template <bool DROP>
     void tile_forward(int t, Slice& s) const {
         const typename P::Gelu gelu(call.tanh);
@@ -806,14 +814,7 @@ class Mixing {
                 Vec z[ROWS][2];  // stays in registers from product to GELU, since 512-bit stores are slow
                 for (int m = 0; m < ROWS; m++)
                     for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]);
-                const Word *x = &s.x_rows[row * words], *in = &weights.in_units[block * words * int64_t(BLOCK)];
-                if (words <= 0) __builtin_unreachable();
-                for (int w = 0; w < words; w++) {
-                    Vec a[2];
-                    for (int n = 0; n < 2; n++) a[n] = load(in + w * BLOCK + n * V);
-                    for (int m = 0; m < ROWS; m++)
-                        for (int n = 0; n < 2; n++) z[m][n] = P::dot(z[m][n], x[m * words + w], a[n]);
-                }
+                add_features(z, &s.x_rows[row * words], &weights.in_units[block * words * int64_t(BLOCK)]);
 #pragma GCC unroll 8
                 for (int m = 0; m < ROWS; m++) {
                     Vec f[2];
@@ -864,7 +865,7 @@ class Mixing {
                 const Word *x = &s.x_rows[row * words], *g = &s.g_rows[row * words];
                 const Word *in = &weights.in_units[at], *out = &weights.out_units[at];
                 if (words <= 0) __builtin_unreachable();
-                for (int w = 0; w < words; w++) {
+                for (int w = 0; w < words && TOGETHER; w++) {
                     Vec a[2], b[2];
                     for (int n = 0; n < 2; n++) a[n] = load(in + w * BLOCK + n * V);
                     for (int n = 0; n < 2; n++) b[n] = load(out + w * BLOCK + n * V);
@@ -873,6 +874,7 @@ class Mixing {
                         for (int n = 0; n < 2; n++) d[m][n] = P::dot(d[m][n], g[m * words + w], b[n]);
                     }
                 }
+                if (!TOGETHER) add_features(z, x, in), add_features(d, g, out);
                 Vec b1[2] = {load(&s.b1[block * BLOCK]), load(&s.b1[block * BLOCK + V])};
 #pragma GCC unroll 4
                 for (int m = 0; m < HALF; m += 2) {
