@@ -155,15 +155,15 @@ def architecture(model: MlpMixer, image: np.ndarray) -> Figure:
         axis.hlines(np.linspace(2.28, 3.08, height // down + 1), 0.12, 0.92, color=ORANGE, linewidth=0.5)
         axis.text(0.52, 2.15, f"{height} × {width} pixels", ha="center", fontsize=7)
         axis.axis((0, WIDTH, 0, 3.15))  # coordinates are inches
-        axis.fill((2.68, 0.08, 0.08, 6.22, 6.22, 3.36), (2.43, 1.84, 0.08, 0.08, 1.84, 2.43), "#F4F4F4", zorder=0)
+        axis.fill((2.7, 0.08, 0.08, 6.22, 6.22, 3.38), (2.43, 1.84, 0.08, 0.08, 1.84, 2.43), "#F4F4F4", zorder=0)
         for shift in (0.1, 0.05):  # further blocks behind the first
-            axis.add_patch(FancyBboxPatch((2.68 + shift, 2.43 + shift), 0.68, 0.5, **_BOX))
+            axis.add_patch(FancyBboxPatch((2.7 + shift, 2.43 + shift), 0.68, 0.5, **_BOX))
         steps = [
-            (0.74, f"{tokens} patches\nof {down} × {right}", 0.60, f"stem\n{down * right} → {channels}"),
-            (0.42, f"{tokens}×{channels}", 0.68, f"{model.num_blocks} mixer\nblocks"),
-            (0.54, f"{tokens}×{channels}", 0.66, "LayerNorm"),
-            (0.13, "", 0.64, "mean over\npatches"),
-            (0.26, f"{channels}", 0.60, f"head\n{channels} → {model.num_classes}"),
+            (0.74, f"{tokens} patches\nof {down} × {right}", 0.54, f"stem\n{down * right} → {channels}"),
+            (0.50, f"{tokens} × {channels}", 0.68, f"{model.num_blocks} mixer\nblocks"),
+            (0.62, f"  {tokens} × {channels}", 0.66, "LayerNorm"),
+            (0.13, "", 0.60, "mean over\npatches"),
+            (0.26, f"{channels}", 0.54, f"head\n{channels} → {model.num_classes}"),
         ]
         _draw_row(axis, 0.92, 2.68, 0.5, steps)
         end, transpose = 0.1, (0.12, "", 0.24, "transpose")
