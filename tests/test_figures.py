@@ -82,6 +82,6 @@ def test_counts_confusions_true_by_predicted():
 def test_draws_the_architecture_with_the_sizes_of_the_model():
     model = MlpMixer(num_blocks=3, patch_size=(7, 7), num_patches=16, num_channels=5, patches_mlp_dim=77)
     drawn = figures.architecture(model, np.zeros((28, 28), dtype=np.uint8)).axes[0].texts
-    whole = ["28 × 28 pixels", "16 patches\nof 7 × 7", "stem\n49 → 5", "16×5", "3 mixer\nblocks", "5", "head\n5 → 10"]
+    whole = ["28 × 28 pixels", "16 patches\nof 7 × 7", "stem\n49 → 5", "16 × 5", "3 mixer\nblocks", "5", "head\n5 → 10"]
     block = ["16\n↓\n77", "77\n↓\n16", "5\n↓\n512", "512\n↓\n5"]
     assert set(whole + block) <= {text.get_text() for text in drawn}
