@@ -2,8 +2,8 @@
 
 As in Beyer et al. 2021 (arXiv:2106.05237, "a good teacher is patient and consistent"), student and teacher see the
 same augmented view of an image, and the teacher's soft targets replace the label. Flips and shifts give each image few
-views (50 with shifts of up to two pixels), so the teacher's logits for each are computed once and kept. Mixed images
-never recur, so the teacher sees those live.
+views (50 with shifts of up to two pixels), so the teacher's logits for each are computed once and kept. Mixed, warped
+and erased images never recur, so the teacher sees those live.
 
 The teacher is trained like any run, with ``Config(network="conv")``.
 """
@@ -40,7 +40,8 @@ class Distillation:
     """The loss of a student whose targets are a teacher's logits (Hinton et al. 2015).
 
     ``data``: the student's training data. The teacher's ``logits`` (views, N, num_classes), float16, are numbered as in
-    ``augment.view``. They are computed once, which takes minutes, and kept in the data folder.
+    ``augment.view``. They are computed once, which takes minutes, and kept in the data folder; where no view recurs,
+    there are none. ``sha256`` is that of the logits, or of the weights without them.
 
     Raises ValueError if there is no such teacher, or if it was trained on other images than ``data``'s; OSError.
     """
