@@ -19,7 +19,7 @@ RESULTS := $(wildcard mixer/weights/*.safetensors results/*.json results/*/*.jso
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
 .NOTPARALLEL:  # every notebook writes a table into README.md
-.PHONY: report test grid questions second-round recipe long-teachers trial-teacher data bench speedrun notebook clean help
+.PHONY: report test grid questions second-round recipe long-teachers trial-speedrun trial-teacher data bench speedrun notebook clean help
 .DELETE_ON_ERROR:
 
 report: build/report
@@ -48,7 +48,7 @@ APT = if [ "$$(id -u)" = 0 ]; then apt=apt-get; elif sudo -n true 2>/dev/null; t
 data: .venv/installed
 	@$(BIN)/python -m mixer.data
 
-grid questions second-round recipe long-teachers trial-teacher: .venv/installed
+grid questions second-round recipe long-teachers trial-speedrun trial-teacher: .venv/installed
 	$(BIN)/python -m mixer.studies.experiments $(subst -, ,$@)
 
 bench: .venv/installed-dev

@@ -80,7 +80,9 @@ class Config:
     optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = _training("adam", "momentum: SGD, 0.9")
     weight_decay: float = _training(0.0, "weight decay of the optimiser")
     shared_filters: int = _training(0, "side of filters that all patches share while training (RepMLP), in patches")
-    schedule: Literal["constant", "linear"] = _training("constant", "linear: warm-up for one epoch, then decay to 0")
+    schedule: Literal["constant", "linear", "decay"] = _training(
+        "constant", "linear: warm-up for one epoch, then linear decay to 0; decay: without the warm-up"
+    )
     flip: bool = _training(False, "mirror each training image with probability 0.5, anew in every epoch")
     shift: int = _training(0, "largest shift of a training image, in pixels")
     affine: float = _training(0.0, "largest change of an entry in a training image's affine map, say 0.1")

@@ -61,7 +61,10 @@ def schedule(name: str, done: float, first: float) -> float:
     """Learning-rate factor at the fraction ``done`` of the training; ``first`` is the first epoch's fraction."""
     if name == "constant":
         return 1.0
-    return done / first if done <= first else (1 - done) / (1 - first)  # linear: warm-up, then decay to 0
+    if name == "decay":
+        return 1 - done
+    # linear: warm-up, then decay to 0
+    return done / first if done <= first else (1 - done) / (1 - first)
 
 
 class SharedFilters(AdamW):

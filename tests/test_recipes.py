@@ -44,6 +44,8 @@ def test_every_optimiser_trains_every_parameter_at_the_schedules_rate(few, optim
     steps = len(rates) // 4
     if schedule == "constant":
         assert set(rates) == {0.01}
+    elif schedule == "decay":
+        assert rates == pytest.approx([0.01 * (1 - step / len(rates)) for step in range(1, len(rates) + 1)])
     else:
         assert rates[0] == pytest.approx(0.01 / steps) and rates[steps - 1] == pytest.approx(0.01) == max(rates)
         assert rates[-1] == pytest.approx(0) and rates[steps - 1 :] == sorted(rates[steps - 1 :], reverse=True)

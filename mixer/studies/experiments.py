@@ -121,6 +121,14 @@ def shuffles() -> list[tuple[Sets, list[str]]]:
     return [(sets(range(2), ten, network={"mixer": {}, "ConvNet": CONV}), list(ORDERS)), (afresh, list(ORDERS)[:2])]
 
 
+def speedrun_trials() -> dict[str, Sets]:
+    """Sets of runs that choose the settings of the recipe "speedrun", by round."""
+    settings = RECIPES["speedrun"] | {"num_epochs": 3, "validation": True}
+    batches = {size: {"batch_size": size, "ema_decay": 1 - size / 10240} for size in (1024, 512)}
+    starts = {"initialisation": ["flax", "identity"], "schedule": ["linear", "decay"]}
+    return {"screen": sets([0], settings, lr=[0.04, 0.08], batches=batches, **starts)}
+
+
 class Stage(NamedTuple):
     """Runs trained side by side, and what follows them."""
 
@@ -195,6 +203,7 @@ def _experiments() -> dict[str, list[Stage]]:
             *(Stage(folder / ORDERS[o], part, data=PROJECT / "build" / ORDERS[o]) for o, part in orders.items()),
         ],
         "long teachers": [Stage(folder, {"teachers": sets([0], RECIPES["teacher"] | SPLIT, affine=[0.0, 0.1])})],
+        "trial speedrun": [Stage(RESULTS / "speedrun" / "trials", speedrun_trials())],
         # The teacher of students tested on the validation split; it must not have seen that split either.
         "trial teacher": [Stage(folder, held_out, keep=weights_of("conv-validation"))],
     }
