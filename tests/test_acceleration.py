@@ -156,7 +156,7 @@ def test_trains_an_edited_forward(few, monkeypatch):
 
 
 def test_uses_the_eager_model_without_the_operator(monkeypatch):
-    monkeypatch.setattr(fused, "_library", lambda: None)
+    monkeypatch.setattr(fused, "library", lambda: None)
     model, threads = mixer(), torch.get_num_threads()
     assert accelerate(model, IMAGES) is model
     with fused.threads_for_the_operator():

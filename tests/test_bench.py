@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixer.studies import bench
+from mixer.kernels import build, fused
+from mixer.studies import bench, shares
 
 CPU = torch.device("cpu")
 SMALL = {"num_blocks": 2, "patches_mlp_dim": 64, "channels_mlp_dim": 32}
@@ -37,3 +38,14 @@ def test_the_headline_is_against_the_fastest_peer():
         "4.50 times as fast as the fastest peer here: this model in JAX, jit, float32."
     )
     assert bench.headline(rows[:2]) == bench.headline(rows[2:]) == ""
+
+
+@pytest.mark.skipif(not fused.available(), reason="the operator cannot be built here")
+def test_the_shares_of_all_parts_add_up():
+    """In a process of its own, since it replaces the operator."""
+    command = [sys.executable, "-m", "mixer.studies.shares", "--steps", "1"]
+    rows = [line.split(" | ") for line in subprocess.check_output(command, text=True).splitlines() if "%" in line]
+    assert len(rows) == len(shares.with_clock(build.SOURCE.read_text())[1]) == 12
+    for column in (1, 2):
+        values = [float(row[column].strip(" |%")) for row in rows]
+        assert min(values) > 0 and sum(values) == pytest.approx(100, abs=1)

@@ -89,7 +89,7 @@ def test_gelu_agrees_with_pytorchs_in_float64(bfloat16, gelu):
     z = torch.cat([torch.linspace(-12, 12, 2**15), torch.tensor([0.0, -80, 80, 1e-9] * 4)])
     value, derivative = torch.empty_like(z), torch.empty_like(z)
     pointers = (tensor.data_ptr() for tensor in (z, value, derivative))
-    fused._library().mixing_gelu(*pointers, len(z), gelu == "tanh", bfloat16)
+    fused.library().mixing_gelu(*pointers, len(z), gelu == "tanh", bfloat16)
     x = z.double().requires_grad_()
     wanted = F.gelu(x, approximate="tanh" if gelu == "tanh" else "none")
     wanted.sum().backward()
@@ -181,9 +181,9 @@ def test_rejects_higher_derivatives(name, frozen):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_saves_nothing_without_gradients(mode, monkeypatch):
     tensors = [tensor.requires_grad_() for tensor in inputs(*SMALL)[0]]
-    wanted, forward, streams = operator(0.1)(*tensors), fused._library().mixing_forward, []
+    wanted, forward, streams = operator(0.1)(*tensors), fused.library().mixing_forward, []
     library = SimpleNamespace(mixing_forward=lambda *given: streams.append(given[1]) or forward(*given))
-    monkeypatch.setattr(fused, "_library", lambda: library)
+    monkeypatch.setattr(fused, "library", lambda: library)
     with mode():
         assert torch.equal(operator(0.1)(*tensors), wanted)
     assert streams == [None]

@@ -405,6 +405,7 @@ inline void transpose(Row* v) {
 #if defined(__AVX512F__)
     const Bits lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Vec row[SIDE];
+#pragma GCC unroll 16  // or GCC calls memcpy and keeps `row` in memory
     for (int i = 0; i < SIDE; i++) row[i] = load(v[i]);
 #pragma GCC unroll 4
     for (int step = 0; step < 4; step++) {  // swap the off-diagonal d×d parts of every 2d×2d part
@@ -418,6 +419,7 @@ inline void transpose(Row* v) {
                 row[i + d] = (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b);
             }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < SIDE; i++) store(v[i], row[i]);
 #else
     for (int i = 0; i < SIDE; i++)
@@ -566,6 +568,7 @@ class Mixing {
     }
 
     void run() {
+        // part: weights packed
         weights.bias.reserve(blocks * BLOCK);
         weights.in_units.reserve(int64_t(blocks) * words * BLOCK);
         weights.out_units.reserve(int64_t(blocks) * words * BLOCK);
@@ -584,10 +587,12 @@ class Mixing {
                 else drop ? tile_forward<true>(t, s) : tile_forward<false>(t, s);
             }
         });
+        // part: weight gradients summed over the slices
         if (backward) {
             parallel(blocks, call.threads, [&](int block) { reduce(block); });
             reduce_rest();
         }
+        // part: outside the blocks (stem, head, loss, optimiser)
     }
 
    private:
@@ -724,8 +729,9 @@ class Mixing {
                 for (int j = count; j < SIDE; j++) x.v[c][j] = 0;
             }
             if (backward || tokens) put_positions(x, i, g, s.x_rows, s.x_features);
+            if (!backward && tokens) return;
             transpose(x);
-            if (backward || !tokens) put_channels(x, i, g, s.x_rows, s.x_features);
+            put_channels(x, i, g, s.x_rows, s.x_features);
         });
     }
 
@@ -734,15 +740,13 @@ class Mixing {
         squares(to, [&](Row* square, int first_channel, int there) {
             const int first = tokens ? i : first_channel, row = tokens ? g * stride + first_channel : i;
             const int count = tokens ? there : SIDE;
+            const int inside = std::clamp(wide - first, 0, SIDE), end = std::min(features, first + SIDE);
+            if (count < SIDE || inside < SIDE) std::memset(square, 0, SIDE * sizeof *square);
             for (int a = 0; a < count; a++) {
-                if (first + SIDE <= wide) std::memcpy(square[a], &s.y[(row + a) * wide + first], sizeof *square);
-                else
-                    for (int k = first; k < first + SIDE; k++)
-                        square[a][k - first] = k < wide       ? s.y[(row + a) * wide + k]
-                                               : k < features ? s.y_rest[((k - wide) * R + row + a) * V]
-                                                              : 0;
+                copy(square[a], &s.y[(row + a) * wide + first], inside);
+                for (int k = first + inside; k < end; k++)
+                    square[a][k - first] = s.y_rest[((k - wide) * R + row + a) * V];
             }
-            if (count < SIDE) std::memset(square + count, 0, (SIDE - count) * sizeof *square);
         });
     }
 
@@ -813,24 +817,30 @@ class Mixing {
     template <bool DROP>
     void tile_forward(int t, Slice& s) const {
         const typename P::Gelu gelu(call.tanh);
+        // part: forward, LayerNorm
         put_normalised(t, s);
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
+            // part: forward, hidden layer with GELU and dropout
+            const float* bias = &weights.bias[block * BLOCK];
+            const Word *x = s.x_rows.data, *in = &weights.in_units[block * words * int64_t(BLOCK)];
+            Word* const units = &s.h_units[block % GROUP * BW];
             for (int row = 0; row < rows; row += ROWS) {
                 Vec z[ROWS][2];  // stays in registers from product to GELU, since 512-bit stores are slow
                 for (int m = 0; m < ROWS; m++)
-                    for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]);
-                add_features(z, &s.x_rows[row * words], &weights.in_units[block * words * int64_t(BLOCK)]);
+                    for (int n = 0; n < 2; n++) z[m][n] = load(bias + n * V);
+                add_features(z, x + row * words, in);
 #pragma GCC unroll 8
                 for (int m = 0; m < ROWS; m++) {
                     Vec f[2];
                     for (int n = 0; n < 2; n++) gelu(z[m][n], &f[n], nullptr);
-                    P::store_units(&s.h_units[(row + m) * UW + block % GROUP * BW],
-                                   P::pack(f[0], f[1], kept<DROP>(s, row + m, block)));
+                    P::store_units(units + (row + m) * UW, P::pack(f[0], f[1], kept<DROP>(s, row + m, block)));
                 }
             }
+            // part: forward, product along the hidden units
             add_along_units(block, s.h_units.data, s);
         }
+        // part: forward, outputs
         finish(s);
         panels(t, [&](int64_t position, int i, int g, int count, auto) {
             Panel y;
@@ -850,6 +860,7 @@ class Mixing {
     template <bool DROP>
     void tile_backward(int t, Slice& s, bool first) const {
         const typename P::Gelu gelu(call.tanh);
+        // part: backward, LayerNorm again, and the gradient read
         put_normalised(t, s);
         panels(t, [&](int64_t position, int i, int g, int count, auto) {
             Panel grad;
@@ -863,13 +874,18 @@ class Mixing {
         });
         begin(t, s);
         for (int block = 0; block < blocks; block++) {
+            // part: backward, hidden layer again, and its gradient
             const int64_t at = block * words * int64_t(BLOCK);
-            for (int row = 0; row < rows; row += HALF) {
+            const Word *in = &weights.in_units[at], *out = &weights.out_units[at];
+            const Word *x = s.x_rows.data, *g = s.g_rows.data;
+            const float* bias = &weights.bias[block * BLOCK];
+            Word *const h_rows = s.h_rows.data, *const d_rows = s.d_rows.data;
+            Word* const units = &s.d_units[block % GROUP * BW];
+            Vec b1[2] = {load(&s.b1[block * BLOCK]), load(&s.b1[block * BLOCK + V])};
+            for (int row = 0; row < rows; row += HALF, x += HALF * words, g += HALF * words) {
                 Vec z[HALF][2], d[HALF][2];
                 for (int m = 0; m < HALF; m++)
-                    for (int n = 0; n < 2; n++) z[m][n] = load(&weights.bias[block * BLOCK + n * V]), d[m][n] = Vec{};
-                const Word *x = &s.x_rows[row * words], *g = &s.g_rows[row * words];
-                const Word *in = &weights.in_units[at], *out = &weights.out_units[at];
+                    for (int n = 0; n < 2; n++) z[m][n] = load(bias + n * V), d[m][n] = Vec{};
                 if (words <= 0) __builtin_unreachable();
                 for (int w = 0; w < words && TOGETHER; w++) {
                     Vec a[2], b[2];
@@ -881,7 +897,6 @@ class Mixing {
                     }
                 }
                 if (!TOGETHER) add_features(z, x, in), add_features(d, g, out);
-                Vec b1[2] = {load(&s.b1[block * BLOCK]), load(&s.b1[block * BLOCK + V])};
 #pragma GCC unroll 4
                 for (int m = 0; m < HALF; m += 2) {
                     typename P::Packed packed[2], d_packed[2];
@@ -896,23 +911,25 @@ class Mixing {
                         }
                         packed[i] = P::pack(f[0], f[1], keep);
                         d_packed[i] = P::pack(derivative[0], derivative[1], keep);
-                        P::store_units(&s.d_units[(row + m + i) * UW + block % GROUP * BW], d_packed[i]);
+                        P::store_units(units + (row + m + i) * UW, d_packed[i]);
                     }
-                    P::store_rows(&s.h_rows[(row + m) / PAIR * BLOCK], packed[0], packed[1]);
-                    P::store_rows(&s.d_rows[(row + m) / PAIR * BLOCK], d_packed[0], d_packed[1]);
+                    P::store_rows(h_rows + (row + m) / PAIR * BLOCK, packed[0], packed[1]);
+                    P::store_rows(d_rows + (row + m) / PAIR * BLOCK, d_packed[0], d_packed[1]);
                 }
-                for (int n = 0; n < 2; n++) store(&s.b1[block * BLOCK + n * V], b1[n]);
             }
+            for (int n = 0; n < 2; n++) store(&s.b1[block * BLOCK + n * V], b1[n]);
+            // part: backward, weight gradients
             const int64_t sums = block * features * int64_t(BLOCK);
             const Word *g_features = s.g_features.data, *x_features = s.x_features.data;
             const int along = rows / PAIR;
             add_product<P, RW>(g_features, s.h_rows.data, BLOCK, along, &s.w2[sums], BLOCK, features, 2, !first);
             add_product<P, RW>(x_features, s.d_rows.data, BLOCK, along, &s.w1[sums], BLOCK, features, 2, !first);
+            // part: backward, product along the hidden units
             add_along_units(block, s.d_units.data, s);
         }
+        // part: backward, through LayerNorm
         finish(s);
         panels(t, [&](int64_t position, int i, int g, int count, auto channels) {
-            // Backward pass of LayerNorm and skip connection.
             Panel x, d;
             read(x, call.x, position, count);
             transpose(x);

@@ -89,7 +89,7 @@ def check(x: Tensor, parameters: list[Tensor], seeds: Tensor) -> None:
 
 def available(bfloat16: bool = False) -> bool:
     """Whether the operator is available, and with ``bfloat16`` also multiplies in bfloat16."""
-    return WANTED and _library() is not None and (not bfloat16 or bool(_library().mixing_has_bfloat16()))
+    return WANTED and library() is not None and (not bfloat16 or bool(library().mixing_has_bfloat16()))
 
 
 def multiplies_in_bfloat16() -> bool:
@@ -182,7 +182,7 @@ class _Blocks(torch.autograd.Function):
         output = torch.empty_like(x)
         if x.numel():
             chain = _chain(settings, x, seeds, parameters)
-            _library().mixing_forward(chain, stream.data_ptr() if keep else None, output.data_ptr())
+            library().mixing_forward(chain, stream.data_ptr() if keep else None, output.data_ptr())
         if keep:
             ctx.settings = settings
             ctx.save_for_backward(x, stream, seeds, *parameters)
@@ -198,20 +198,20 @@ class _Blocks(torch.autograd.Function):
             return None, None, torch.zeros_like(x), None, *map(torch.zeros_like, parameters)
         d_x, *gradients = (torch.empty_like(tensor) for tensor in (x, *parameters))
         chain = _chain(ctx.settings, x, seeds, parameters)
-        _library().mixing_backward(chain, stream.data_ptr(), grad.data_ptr(), _pointers([d_x, *gradients]))
+        library().mixing_backward(chain, stream.data_ptr(), grad.data_ptr(), _pointers([d_x, *gradients]))
         return None, None, d_x, None, *gradients
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The compiled operator with its functions' types; None if it cannot be built."""
-    library = build.library()
-    if library is None:
+    compiled = build.library()
+    if compiled is None:
         return None
     pointer, chain = ctypes.c_void_p, ctypes.POINTER(_Chain)
-    library.mixing_forward.argtypes = [chain, pointer, pointer]
-    library.mixing_backward.argtypes = [chain, pointer, pointer, pointer]
-    library.mixing_gelu.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-    for function in (library.mixing_forward, library.mixing_backward, library.mixing_gelu):
+    compiled.mixing_forward.argtypes = [chain, pointer, pointer]
+    compiled.mixing_backward.argtypes = [chain, pointer, pointer, pointer]
+    compiled.mixing_gelu.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    for function in (compiled.mixing_forward, compiled.mixing_backward, compiled.mixing_gelu):
         function.restype = None
-    return library
+    return compiled
