@@ -126,7 +126,18 @@ def speedrun_trials() -> dict[str, Sets]:
     settings = RECIPES["speedrun"] | {"num_epochs": 3, "validation": True}
     batches = {size: {"batch_size": size, "ema_decay": 1 - size / 10240} for size in (1024, 512)}
     starts = {"initialisation": ["flax", "identity"], "schedule": ["linear", "decay"]}
-    return {"screen": sets([0], settings, lr=[0.04, 0.08], batches=batches, **starts)}
+    winner = settings | {"lr": 0.08, "initialisation": "identity", "schedule": "decay"} | batches[512]
+    changes = {
+        "the winner": {},
+        **{f"learning rate {lr}": {"lr": lr} for lr in (0.12, 0.053)},
+        **{f"average's decay {decay}": {"ema_decay": decay} for decay in (0.975, 0.9)},
+        "flips": {"flip": True},
+        "label smoothing": {"label_smoothing": 0.1},
+    }
+    return {
+        "screen": sets([0], settings, lr=[0.04, 0.08], batches=batches, **starts),
+        "refinement": sets(range(2), winner, change=changes),
+    }
 
 
 class Stage(NamedTuple):
