@@ -137,6 +137,7 @@ def speedrun_trials() -> dict[str, Sets]:
     return {
         "screen": sets([0], settings, lr=[0.04, 0.08], batches=batches, **starts),
         "refinement": sets(range(2), winner, change=changes),
+        "fewer images": sets(range(2), winner | {"ema_decay": 0.975, "label_smoothing": 0.1}, limit=[None, 50_000]),
     }
 
 
