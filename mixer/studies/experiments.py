@@ -123,7 +123,7 @@ def shuffles() -> list[tuple[Sets, list[str]]]:
 
 def speedrun_trials() -> dict[str, Sets]:
     """Sets of runs that choose the settings of the recipe "speedrun", by round."""
-    settings = RECIPES["speedrun"] | {"num_epochs": 3, "validation": True}
+    settings = {"optimiser": "muon", "whiten": True, "num_epochs": 3, "validation": True}
     batches = {size: {"batch_size": size, "ema_decay": 1 - size / 10240} for size in (1024, 512)}
     starts = {"initialisation": ["flax", "identity"], "schedule": ["linear", "decay"]}
     winner = settings | {"lr": 0.08, "initialisation": "identity", "schedule": "decay"} | batches[512]
