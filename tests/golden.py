@@ -44,10 +44,7 @@ def configs(eager: bool) -> dict[str, dict]:
     return {
         "coursework": {},
         "modern": "modern",
-        "speedrun": {  # as it was when its record was made
-            **{"lr": 0.06, "batch_size": 1024, "whiten": True},
-            **{"optimiser": "muon", "schedule": "linear", "ema_decay": 0.9},
-        },
+        "speedrun": "speedrun",
         "teacher": "teacher",
         "distilled": "distilled",
         "patient": "patient",

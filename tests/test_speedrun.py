@@ -9,7 +9,7 @@ from mixer.config import RECIPES, Config
 from mixer.studies import speedrun
 from mixer.training import Interrupted, train
 
-SMALL = {"limit": None, "num_epochs": 2, "batch_size": 64, "num_blocks": 1, "patches_mlp_dim": 64, "channels_mlp_dim": 32}
+SMALL = {"num_epochs": 2, "batch_size": 64, "num_blocks": 1, "patches_mlp_dim": 64, "channels_mlp_dim": 32}
 
 
 def record(config: Config, *accuracies: float) -> dict:
