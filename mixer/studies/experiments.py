@@ -127,8 +127,9 @@ def speedrun_trials() -> dict[str, Sets]:
     batches = {size: {"batch_size": size, "ema_decay": 1 - size / 10240} for size in (1024, 512)}
     starts = {"initialisation": ["flax", "identity"], "schedule": ["linear", "decay"]}
     winner = settings | {"lr": 0.08, "initialisation": "identity", "schedule": "decay"} | batches[512]
+    images = {"both changes": {}, "both, 50,000 images": {"limit": 50_000}}
     changes = {
-        "the winner": {},
+        "the screen's winner": {},
         **{f"learning rate {lr}": {"lr": lr} for lr in (0.12, 0.053)},
         **{f"average's decay {decay}": {"ema_decay": decay} for decay in (0.975, 0.9)},
         "flips": {"flip": True},
@@ -137,7 +138,7 @@ def speedrun_trials() -> dict[str, Sets]:
     return {
         "screen": sets([0], settings, lr=[0.04, 0.08], batches=batches, **starts),
         "refinement": sets(range(2), winner, change=changes),
-        "fewer images": sets(range(2), winner | {"ema_decay": 0.975, "label_smoothing": 0.1}, limit=[None, 50_000]),
+        "fewer images": sets(range(2), winner | {"ema_decay": 0.975, "label_smoothing": 0.1}, images=images),
     }
 
 
