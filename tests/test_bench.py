@@ -37,6 +37,7 @@ def test_the_headline_is_against_the_fastest_peer():
     assert bench.headline(rows).endswith(
         "4.50 times as fast as the fastest peer here: this model in JAX, jit, float32."
     )
+    assert bench.headline(rows[::2]) == "The fast path is 9.00 times as fast as timm, eager float32."
     assert bench.headline(rows[:2]) == bench.headline(rows[2:]) == ""
 
 

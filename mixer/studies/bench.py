@@ -315,7 +315,8 @@ def headline(rows: list[dict[str, Any]]) -> str:
     if not (ours and peers):
         return ""
     median, label = min(peers)
-    return f"The fast path is {median / ours[0]:.2f} times as fast as the fastest peer here: {label}."
+    peer = f"the fastest peer here: {label}" if len(peers) > 1 else label
+    return f"The fast path is {median / ours[0]:.2f} times as fast as {peer}."
 
 
 def _line(row: dict[str, Any]) -> str:
