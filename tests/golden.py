@@ -44,7 +44,8 @@ def configs(eager: bool) -> dict[str, dict]:
     return {
         "coursework": {},
         "modern": "modern",
-        "speedrun": "speedrun",
+        "muon": {"lr": 0.06, "batch_size": 1024, "whiten": True, "optimiser": "muon"}
+        | {"schedule": "linear", "ema_decay": 0.9},
         "teacher": "teacher",
         "distilled": "distilled",
         "patient": "patient",
