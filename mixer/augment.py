@@ -29,19 +29,25 @@ class Batch:
 
 def augmented(index: Tensor, data: Data, config: Config, generator: torch.Generator) -> Batch:
     """Augment the training images with these indices (B,), as the config says."""
-    images, views = data.train_images[index], torch.zeros_like(index)
-    if config.affine:
-        images = warp(images, generator, config.flip, config.shift, config.affine)
-    elif config.flip or config.shift:
-        views = draw_views(len(index), generator, config.flip, config.shift)
-        images = view(images, views, config.shift)
-    if config.erase:
-        images = cut_out(images, generator, config.erase)
+    images, views = augmented_images(data.train_images[index], config, generator)
     inputs, share = normalise(images, data.pixel_mean, data.pixel_std), 1.0
     if config.mixup_prob and _uniform(generator) < config.mixup_prob:
         share -= _uniform(generator) / 2
         inputs = inputs.flip(0).lerp(inputs, share)  # a batch is in random order, so the pairs are random too
     return Batch(index, views, inputs, data.train_labels[index], share)
+
+
+def augmented_images(images: Tensor, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Augment images (B, H, W) or (B, 3, H, W), before mixup; returns them and their ``views`` (B,)."""
+    views = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    if config.affine:
+        images = warp(images, generator, config.flip, config.shift, config.affine)
+    elif config.flip or config.shift:
+        views = draw_views(len(images), generator, config.flip, config.shift)
+        images = view(images, views, config.shift)
+    if config.erase:
+        images = cut_out(images, generator, config.erase)
+    return images, views
 
 
 def _uniform(generator: torch.Generator) -> float:

@@ -65,9 +65,8 @@ def train(
 
     model: a custom module, trained in place; by default the config's model. It maps normalised images (B, 1, H, W), or
     (B, 3, H, W) in colour, to logits (B, num_classes).
-    optimiser: a function of the model's parameters, in place of the config's optimiser, lr, weight_decay
-    and shared_filters. The record
-    names a custom model and optimiser; choose a file name for it yourself.
+    optimiser: a function of the model's parameters, in place of the config's optimiser, lr, weight_decay and
+    shared_filters. The record names a custom model and optimiser; choose a file name for it yourself.
     data: Fashion-MNIST by default. ``limit`` and ``validation`` of the config apply to any data.
     device: by default CUDA, else Apple's MPS, else the CPU.
     precision: "bfloat16" (autocast) or "float32"; by default bfloat16 where the hardware supports it.
@@ -249,13 +248,16 @@ class Run:
     def _train_on_every_image(self, on_step: Callable[[Tensor, int], object]) -> tuple[Tensor, Tensor, int]:
         """Return each step's loss and number of images, and the number of images classified correctly."""
         self._seed(self.epoch + 1)
+        data, config = self.data, self.config
+        if isinstance(self.loss, Distillation):
+            data, config = self.loss.see(self.epoch + 1)
         order = torch.randperm(len(self.data.train_labels), generator=self.generator).to(self.device)
         batches = order.split(self.config.batch_size)
         losses = torch.zeros(len(batches), device=self.device)
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.model.train()
         for step, index in enumerate(batches):
-            batch = augmented(index, self.data, self.config, self.generator)
+            batch = augmented(index, data, config, self.generator)
             with autocast(self.device, self.precision):
                 logits = self.choice.forward(batch.inputs)
             loss = self.loss(logits, batch)

@@ -73,18 +73,25 @@ def test_targets_are_the_teachers_logits_for_the_students_view(hundred, taught, 
 
 
 @pytest.mark.parametrize("change", [{"affine": 0.1}, {"erase": 8}], ids=str)
-def test_teacher_sees_images_that_never_recur_itself(hundred, taught, tmp_path, change):
-    config = Config(teacher="little", flip=True, shift=1, **change)
-    loss = Distillation(config, hundred, CPU, "float32")
-    batch = augmented(torch.arange(50), hundred, config, torch.Generator().manual_seed(0))
+def test_students_share_endless_views_and_the_teachers_logits_for_them(hundred, taught, monkeypatch, change):
+    first, second = (taught_by_little(hundred, flip=True, shift=1, seed=seed, **change) for seed in (0, 1))
+    seen, config = first.see(1)
+    assert not torch.equal(seen.train_images, hundred.train_images)
+    batch = augmented(torch.arange(30, 80), seen, config, torch.Generator())
+    assert torch.equal(batch.inputs, normalise(seen.train_images[30:80], hundred.pixel_mean, hundred.pixel_std))
     model = ConvNet()
     model.load_state_dict(load(taught))
-    assert torch.equal(loss.targets(batch), model.eval()(batch.inputs))
-    assert not (tmp_path / "teachers").exists()
+    torch.testing.assert_close(first.targets(batch), model.eval()(batch.inputs), atol=2e-3, rtol=2e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation, "_logits", None)
+        assert torch.equal(second.see(1)[0].train_images, seen.train_images)
+    assert torch.equal(second.logits, first.logits)
+    assert not torch.equal(first.see(2)[0].train_images, seen.train_images)
 
 
-def test_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path):
-    config = Config(teacher="little", temperature=2.0, flip=True, shift=1, mixup_prob=0.5, **SMALL)
+@pytest.mark.parametrize("affine", [0.0, 0.1])
+def test_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path, affine):
+    config = Config(teacher="little", temperature=2.0, flip=True, shift=1, affine=affine, mixup_prob=0.5, **SMALL)
 
     def stop(epoch, model):
         if epoch["epoch"] == 1:
@@ -96,7 +103,7 @@ def test_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_
     for epoch in whole["history"] + resumed["history"]:
         del epoch["seconds"]
     assert whole == resumed
-    assert whole["environment"]["teacher_sha256"] == taught_by_little(hundred, flip=True, shift=1).sha256
+    assert whole["environment"]["teacher_sha256"] == taught_by_little(hundred, flip=True, shift=1, affine=affine).sha256
 
 
 def test_keeps_the_teachers_logits_unless_they_are_damaged(hundred, taught, tmp_path, monkeypatch):

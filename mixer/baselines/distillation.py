@@ -1,9 +1,10 @@
 """Distillation from a convolutional network trained on the same images.
 
 As in Beyer et al. 2021 (arXiv:2106.05237, "a good teacher is patient and consistent"), student and teacher see the
-same augmented view of an image, and the teacher's soft targets replace the label. Flips and shifts give each image few
-views (50 with shifts of up to two pixels), so the teacher's logits for each are computed once and kept. Mixed, warped
-and erased images never recur, so the teacher sees those live.
+same augmented view of an image, and the teacher's soft targets replace the label. The teacher takes as long as the
+student, so its logits are computed once and kept. Flips and shifts give each image few views (50 with shifts of up to
+two pixels). Warped and erased images never recur. They are drawn by epoch and not by seed, so all students of a teacher
+see the same view of an image in the same epoch. The teacher sees mixed images live.
 
 The teacher is trained like any run, with ``Config(network="conv")``.
 """
@@ -11,6 +12,7 @@ The teacher is trained like any run, with ``Config(network="conv")``.
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ from safetensors.torch import load
 from torch import Tensor
 from tqdm import tqdm
 
-from mixer.augment import Batch, view
+from mixer.augment import Batch, augmented_images, view
 from mixer.baselines.networks import ConvNet
 from mixer.config import Config
 from mixer.data import Data, normalise
@@ -28,7 +30,7 @@ from mixer.download import data_folder
 from mixer.records import RESULTS
 from mixer.system.files import check_writable, locked, seal, unseal, write_whole
 
-WEIGHTS = RESULTS / "teachers"
+WEIGHTS, CHUNK = RESULTS / "teachers", 1000  # images that the teacher sees at a time
 
 
 def weights_of(name: str) -> Path:
@@ -40,8 +42,8 @@ class Distillation:
     """The loss of a student whose targets are a teacher's logits (Hinton et al. 2015).
 
     ``data``: the student's training data. The teacher's ``logits`` (views, N, num_classes), float16, are numbered as in
-    ``augment.view``. They are computed once, which takes minutes, and kept in the data folder; where no view recurs,
-    there are none. ``sha256`` is that of the logits, or of the weights without them.
+    ``augment.view``; endless views have one number, anew in every epoch. They are kept in the data folder. ``sha256``
+    is that of the logits, or with endless views that of the weights.
 
     Raises ValueError if there is no such teacher, or if it was trained on other images than ``data``'s; OSError.
     """
@@ -49,35 +51,48 @@ class Distillation:
     def __init__(self, config: Config, data: Data, device: torch.device, precision: str):
         path = weights_of(config.teacher)
         try:
-            weights = path.read_bytes()
+            self.weights = path.read_bytes()
         except OSError as error:
             raise ValueError(f"there is no teacher {path} ({error.strerror}): train it first") from None
-        self.weights_sha256 = hashlib.sha256(weights).hexdigest()
-        self.temperature, self.precision = config.temperature, precision
-        self.model = _conv_net(path, weights, data).to(device).requires_grad_(False)
-        self.logits, self.sha256 = None, self.weights_sha256
-        if config.affine or config.erase:  # no view recurs
-            return
-        views = (2 if config.flip else 1) * (2 * config.shift + 1) ** 2
-        decisive = repr((views, config.shift, precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()
-        name = f"{config.teacher}-{hashlib.sha256(weights + decisive).hexdigest()[:16]}.bin"
+        self.weights_sha256 = self.sha256 = hashlib.sha256(self.weights).hexdigest()
+        self.config, self.data, self.precision = config, data, precision
+        self.model = _conv_net(path, self.weights, data).to(device).requires_grad_(False)
+        if not (config.affine or config.erase):
+            self.logits = self._kept(data, 2 if config.flip else 1, config.shift)
+            content = self.logits.cpu().numpy().tobytes()
+            self.sha256 = hashlib.sha256(content).hexdigest()  # the logits may differ between machines
+
+    def see(self, epoch: int) -> tuple[Data, Config]:
+        """Return the data and the config to train with in this epoch, whose endless views are drawn here."""
+        if not (self.config.affine or self.config.erase):
+            return self.data, self.config
+        generator = torch.Generator().manual_seed(epoch)
+        views = [augmented_images(images, self.config, generator)[0] for images in self.data.train_images.split(CHUNK)]
+        seen = replace(self.data, train_images=torch.cat(views).round().byte())
+        self.logits = self._kept(seen, 1, 0)
+        return seen, replace(self.config, flip=False, shift=0, affine=0.0, erase=0)
+
+    def _kept(self, data: Data, mirrored: int, shift: int) -> Tensor:
+        """The teacher's logits for all views of the training images, computed unless they are kept."""
+        views = mirrored * (2 * shift + 1) ** 2
+        decisive = repr((views, shift, self.precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()
+        name = f"{self.config.teacher}-{hashlib.sha256(self.weights + decisive).hexdigest()[:16]}.bin"
         kept, shape = data_folder() / "teachers" / name, (views, len(data.train_images), data.num_classes)
         check_writable(kept)
-        with locked(kept.with_suffix(".lock")):  # of students started together, one computes the logits
+        with locked(kept.with_suffix(".lock")):  # of students that train side by side, one computes the logits
             try:
                 content = unseal(kept.read_bytes())
             except (OSError, ValueError):
-                content = _logits(self.model, data, views, config.shift, precision).numpy().tobytes()
+                content = _logits(self.model, data, views, shift, self.precision).numpy().tobytes()
                 write_whole(kept, seal(content))
-        self.sha256 = hashlib.sha256(content).hexdigest()  # of the logits, which may differ between machines
-        self.logits = torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(device)
+        return torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(data.train_images.device)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        return soft_target_loss(logits, self.targets(batch), self.temperature)
+        return soft_target_loss(logits, self.targets(batch), self.config.temperature)
 
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's logits (B, num_classes), float32, for the same inputs that the student sees."""
-        if batch.share == 1 and self.logits is not None:
+        if batch.share == 1:
             return self.logits[batch.views.to(self.logits.device), batch.index].float()
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, self.precision == "bfloat16", False):
             return self.model(batch.inputs)
@@ -105,9 +120,9 @@ def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
 
 
 def _logits(model: ConvNet, data: Data, views: int, shift: int, precision: str) -> Tensor:
-    device, batches = data.train_images.device, data.train_images.split(1000)
+    device, batches = data.train_images.device, data.train_images.split(CHUNK)
     logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)
-    silent = True if sys.stderr is None else None  # None: disabled unless stderr is a terminal
+    silent = True if sys.stderr is None or views == 1 else None  # None: disabled unless stderr is a terminal
     for number in tqdm(range(views), desc="the teacher's logits for every view", leave=False, disable=silent):
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             seen = (view(images, torch.full((len(images),), number), shift) for images in batches)

@@ -42,7 +42,7 @@ CHOICES = {  # choices that the coursework's report does not state
 WAYS = {"coursework's widths": (0, 0), "equal parameters": (1, 0), "equal FLOP": (1, 1)}  # which widths are scaled
 # Patch size -> widths, with one channel per pixel of a patch and the coursework's number of parameters within 0.2 %.
 IN_STEP = {2: (4, 298, 149), 4: (16, 1024, 512), 7: (49, 1428, 714), 14: (196, 546, 273)}
-SPLIT = {"validation": True, "num_epochs": 60}
+SPLIT = {"validation": True, "num_epochs": 40}
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
     "weight decay": {"weight_decay": 0.0},
