@@ -3,7 +3,8 @@
 # make grid       train the missing runs of the coursework's grid, with three seeds
 # make questions  train the missing runs of notebooks/questions.ipynb, and measure their gradients;
 #                 make second-round: those planned in its appendix
-# make recipe     train the missing runs of notebooks/recipe.ipynb, the most important ones first
+# make recipe     train the missing runs of notebooks/recipe.ipynb, the most important ones first;
+#                 make trial-speedrun, trial-teacher, long-teachers: those on the validation split
 # make data       download Fashion-MNIST into data/
 # make bench      measure the fast path on this machine
 # make speedrun   measure the time to the coursework's accuracy on this machine
