@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from mixer.reporting import figures
+from mixer.reporting.publish import PAGES
 from mixer.system.files import PROJECT
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
@@ -94,7 +95,8 @@ def run(parameters: str, start: Path = PROJECT, last: str | None = None) -> None
 
 
 def test_trains_and_draws_another_grid_in_another_folder(tmp_path):
-    theirs = [*figures.FIGURES.iterdir(), *(PROJECT / "report" / "generated").iterdir(), PROJECT / "README.md"]
+    theirs = [*figures.FIGURES.iterdir(), *(PROJECT / "report" / "generated").iterdir()]
+    theirs += [PROJECT / page for page in PAGES]
     before = {path: path.stat().st_mtime_ns for path in theirs}
     parameters = f"results, train_missing, lrs, dropouts = {str(tmp_path / 'own')!r}, True, [0.003, 0.01], [0.2]"
     run(parameters + "\nbatch_sizes, seeds, num_epochs, limit = [128], [0, 1], 1, 256")

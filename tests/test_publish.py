@@ -49,12 +49,14 @@ def test_names_cells_without_what_latex_would_misread():
     assert as_key("0.01 − 0.001 × 2_3") == "0.01 - 0.001 23"
 
 
-def test_writes_the_block_of_the_readme_and_leaves_the_rest(project):
-    readme = project / "README.md"
-    readme.write_text("Before 5%.\n<!-- gains -->\nold\n<!-- end of gains -->\nAfter.")
+@pytest.mark.parametrize("page", publish.PAGES)
+def test_writes_the_block_of_a_page_and_leaves_the_rest(project, page):
+    page = project / page
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("Before 5%.\n<!-- gains -->\nold\n<!-- end of gains -->\nAfter.")
     Publisher(project / "results")("gains", FRAME[["gain"]], FORMATS)
     table = "| learning rate | batch | gain |\n| --- | --- | --- |\n| 0.001 | 256 | +0.50 |\n| 0.01 | 512 | −0.03 |\n"
-    assert readme.read_text() == f"Before 5%.\n<!-- gains -->\n{table}<!-- end of gains -->\nAfter."
+    assert page.read_text() == f"Before 5%.\n<!-- gains -->\n{table}<!-- end of gains -->\nAfter."
 
 
 def test_records_of_another_folder_are_published_inside_it(project, tmp_path):

@@ -57,7 +57,7 @@ def test_percent_and_thousands_have_one_style():
 
 def test_the_map_in_the_readme_names_every_part_of_the_core():
     for path in (PROJECT / "mixer").iterdir():
-        if path.name not in ("__init__.py", "__pycache__", "weights"):
+        if path.name not in ("__init__.py", "__pycache__"):
             assert path.name in README, path.name
 
 

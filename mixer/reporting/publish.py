@@ -6,7 +6,8 @@ r"""Publishes a notebook's tables and figures to README and report.
 
 A table becomes ``results.tex`` (booktabs) for the report, and ``results-values.tex``, where report.tex finds each cell
 as ``\val{results}{row}{column}``. It also replaces the block between ``<!-- results -->`` and
-``<!-- end of results -->`` in README.md, if there is one. Records in your own folder are published inside that folder.
+``<!-- end of results -->`` in README.md and in the model card, where there is one. Records in your own folder are
+published inside that folder.
 """
 
 import re
@@ -21,6 +22,7 @@ from mixer.records import RESULTS
 from mixer.reporting import figures
 from mixer.system.files import IN_CHECKOUT, PROJECT, write_whole
 
+PAGES = "README.md", "mixer/weights/README.md"
 Formats = Mapping[str, str | Callable[[object], str]]  # column, or level of the index -> "{:.3f}" or a function
 
 
@@ -48,7 +50,8 @@ class Publisher:
         write_whole(self.generated / f"{name}.tex", _tabular(result, table).encode())
         write_whole(self.generated / f"{name}-values.tex", _values(name, table).encode())
         if self.own:
-            _write_block(PROJECT / "README.md", name, table)
+            for page in PAGES:
+                _write_block(PROJECT / page, name, table)
         return table
 
 
@@ -106,16 +109,16 @@ def as_key(text: str) -> str:
     return " ".join(re.sub(r"[^A-Za-z0-9.,+ -]", "", text.replace("−", "-").replace("–", "-")).split())
 
 
-def _write_block(readme: Path, name: str, table: pd.DataFrame) -> None:
+def _write_block(page: Path, name: str, table: pd.DataFrame) -> None:
     marks = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-    old = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    old = page.read_text(encoding="utf-8") if page.exists() else ""
     before, start, rest = old.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if start and end:
         whole = _with_index(table)
         rows = [whole.columns, ["---"] * whole.shape[1], *whole.to_numpy()]
         block = "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
-        write_whole(readme, f"{before}{start}{block}{end}{after}".encode())
+        write_whole(page, f"{before}{start}{block}{end}{after}".encode())
 
 
 def _with_index(table: pd.DataFrame) -> pd.DataFrame:
