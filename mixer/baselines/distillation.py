@@ -57,14 +57,15 @@ class Distillation:
         self.weights_sha256 = self.sha256 = hashlib.sha256(self.weights).hexdigest()
         self.config, self.data, self.precision = config, data, precision
         self.model = _conv_net(path, self.weights, data).to(device).requires_grad_(False)
-        if not (config.affine or config.erase):
+        self.endless = bool(config.affine or config.erase)
+        if not self.endless:
             self.logits = self._kept(data, 2 if config.flip else 1, config.shift)
             content = self.logits.cpu().numpy().tobytes()
             self.sha256 = hashlib.sha256(content).hexdigest()  # the logits may differ between machines
 
     def see(self, epoch: int) -> tuple[Data, Config]:
         """Return the data and the config to train with in this epoch, whose endless views are drawn here."""
-        if not (self.config.affine or self.config.erase):
+        if not self.endless:
             return self.data, self.config
         generator = torch.Generator().manual_seed(epoch)
         views = [augmented_images(images, self.config, generator)[0] for images in self.data.train_images.split(CHUNK)]
