@@ -42,8 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = [argument.partition("=")[0] for argument in unknown]
         check_names("this command", given, re.findall(r"--[\w-]+", parser.format_help()))
         configs = grid(**{name: value for name, value in options.items() if value is not None})
-        if jobs is not None and jobs < 1:
-            raise ValueError(f"jobs is {jobs}, but it has to be a whole number above 0")
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     try:
@@ -51,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if missing:  # an error of device, precision or data set is reported once, not by every run
             find_precision(find_device(how["device"]), how["precision"])
             _ = fashion_mnist.prepare() if how["data"] is None else fashion_mnist.load_folder(how["data"])
-        at_a_time = jobs or (cores() if find_device(how["device"]).type == "cpu" else 1)
-        records = run_grid(configs, results, jobs=min(at_a_time, missing), **how)
+        if jobs is None:
+            jobs = cores() if find_device(how["device"]).type == "cpu" else 1
+        records = run_grid(configs, results, jobs=jobs, **how)
     except (GridError, RecordError, DataError, ValueError, OSError) as error:
         sys.exit(str(error))
     part = "validation" if configs[0].validation else "not validation"

@@ -161,7 +161,7 @@ class MlpMixer(nn.Module):
         self,
         num_classes: int = 10,
         num_blocks: int = 8,
-        patch_size: tuple[int, int] = (4, 4),
+        patch_size: tuple[int, int] | int = (4, 4),
         num_patches: int | None = None,
         num_channels: int = 16,
         patches_mlp_dim: int = 1024,
@@ -174,10 +174,9 @@ class MlpMixer(nn.Module):
         in_channels: int = 1,
     ):
         super().__init__()
-        height, width = patch_size
         self.num_classes = num_classes
         self.num_blocks = num_blocks
-        self.patch_size = (height, width)
+        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
         self.num_patches = count_patches((28, 28), self.patch_size) if num_patches is None else num_patches
         self.num_channels = num_channels
         self.patches_mlp_dim = patches_mlp_dim

@@ -4,7 +4,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zipfile import is_zipfile
 
 import numpy as np
@@ -25,7 +25,7 @@ EVAL_BATCH = 1000  # images per batch, which keeps the eager model's hidden laye
 WEIGHTS = SHIPPED / "best.safetensors"
 _FASHION_MNIST = {"data": "Fashion-MNIST", "image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
 _WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
-Picture = Path | str | bytes | Image.Image | np.ndarray | Tensor
+Picture = Path | str | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 
 
 def predict(
@@ -52,7 +52,8 @@ def predict(
 def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False) -> pd.Series:
     """Return the probability of each class, most likely first. Raises ValueError in one sentence.
 
-    picture: a file, its bytes, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W), of any size.
+    picture: a file's name or bytes, an open file, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W), of
+    any size.
     weights: a safetensors file of an ``MlpMixer`` of any size. For Fashion-MNIST, the model sees the object that
     :func:`prepare` finds. For any other data set, classes are numbers and the model sees the whole picture, in colour
     if it was trained in colour.
@@ -87,6 +88,9 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
     The metadata always has what a prediction needs: the data set's name (data), the images' height and width (image),
     and the pixels' mean and standard deviation (pixel_mean, pixel_std). Raises ValueError.
     """
+    if not isinstance(weights, str | Path):
+        kind = type(weights).__name__
+        raise ValueError(f"weights is of type {kind}, but it has to be a file, as train(weights=...) writes it.")
     try:
         with safe_open(expand(weights), "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -130,7 +134,9 @@ def open_picture(picture: Picture) -> Image.Image:
             name = f"An array of {picture.dtype} and shape {picture.shape}"
             picture = _from_array(picture)
         if not isinstance(picture, Image.Image):
-            picture = Image.open(io.BytesIO(picture) if isinstance(picture, bytes | bytearray) else expand(picture))
+            if isinstance(picture, bytes | bytearray):
+                picture = io.BytesIO(picture)
+            picture = Image.open(picture if hasattr(picture, "read") else expand(picture))
         image = ImageOps.exif_transpose(picture)
         if image.mode[0] in "IF":  # more than eight bits, which convert() would clip
             image = _from_array(np.array(image))

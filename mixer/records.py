@@ -87,8 +87,12 @@ def read_records(results: Path | str = RESULTS) -> list[Record]:
     return [read_record(path) for path in sorted(expand(results).glob("*.json"))]
 
 
-def histories(records: Iterable[Record]) -> pd.DataFrame:
-    """Tabulate records, one row per epoch: the config's columns, then the history's. Accuracies are fractions."""
+def histories(records: Iterable[Record] | Record) -> pd.DataFrame:
+    """Tabulate one record or several, a row per epoch: the config's columns, then the history's.
+
+    Accuracies are fractions.
+    """
+    records = [records] if isinstance(records, dict) else records
     rows = [record["config"] | epoch for record in records for epoch in record["history"]]
     return pd.DataFrame(rows, columns=[*(field.name for field in dataclasses.fields(Config)), *MEASURED])
 

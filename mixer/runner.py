@@ -66,8 +66,10 @@ def run_grid(
     resume, unless a second one is killed before any run finishes. Ctrl-C stops all runs and raises Interrupted. Raises
     OSError if nothing can be written or no process can be started.
     """
-    if isinstance(data, fashion_mnist.Data):
+    if not isinstance(data, Path | str | None):
         raise TypeError("run_grid takes the folder of a data set; only train() takes Data, one run at a time.")
+    if not isinstance(jobs, int) or jobs < 1:
+        raise ValueError(f"jobs is {jobs!r}, but it has to be a whole number above 0")
     results = expand(results)
     configs = check_configs(configs)
     missing = [config for config in configs if not os.path.lexists(record_path(config, results))]

@@ -82,6 +82,13 @@ def train(
     TypeError, ValueError or OSError before training starts.
     """
     check_configs([config])
+    for name, given, kind, advice in (
+        ("model", model, nn.Module, "an nn.Module, such as MyModel()"),
+        ("data", data, Data, "mixer.data.Data, such as Data.from_torchvision(train, test)"),
+    ):
+        if not isinstance(given, kind | None):
+            what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+            raise TypeError(f"{name} is {what}, but it has to be {advice}")
     threads_after_fork()
     if torch.get_default_dtype() != torch.float32:
         raise ValueError("PyTorch's default dtype was changed: torch.set_default_dtype(torch.float32) before training")
@@ -172,6 +179,8 @@ class Run:
             raise ValueError("optimiser has to be a function, like lambda parameters: SGD(parameters, lr=0.1)")
         else:
             self.optimisers = [optimiser(self.model.parameters())]
+            if not isinstance(self.optimisers[0], Optimizer):
+                raise ValueError(f"optimiser has to return a torch.optim.Optimizer, not {self.optimisers[0]!r:.100}")
             settings = {name: value for name, value in self.optimisers[0].defaults.items() if value is not None}
             self.brought["optimiser"] = f"{type(self.optimisers[0]).__name__} {settings}"
         if loss is None:
@@ -278,6 +287,9 @@ class Run:
         data, loss, correct = self.data, torch.zeros((), dtype=torch.float64), 0
         batches = predict(self.tested, data.test_images, self.precision, data.pixel_mean, data.pixel_std)
         for logits, labels in zip(batches, data.test_labels.split(EVAL_BATCH), strict=True):
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            if found != (wanted := (len(labels), data.num_classes)):
+                raise ValueError(f"the model has to return logits of shape {wanted}, not {found}")
             loss += F.cross_entropy(logits, labels, reduction="sum").cpu().double()
             correct += int((logits.argmax(dim=1) == labels).sum())
             on_test(len(labels))

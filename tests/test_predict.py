@@ -95,6 +95,7 @@ def test_recognises_a_boot_in_any_form_of_picture(boot, tmp_path, monkeypatch):
     exif[0x0112] = 6  # the camera was turned
     pictures = {
         "a file": "~/boot.png",
+        "an open file": io.BytesIO(file_of(Image.fromarray(light), "webp")),
         "bytes, turned": file_of(Image.fromarray(colours).transpose(Image.Transpose.ROTATE_90), "jpeg", exif=exif),
         "sixteen bits": Image.fromarray(light.astype(np.uint16) * 257),
         "black, cut out": Image.fromarray(np.dstack([np.zeros((280, 280, 3), np.uint8), large]), "RGBA"),
@@ -197,6 +198,8 @@ def test_rejects_anything_but_weights_in_one_sentence(content, tmp_path):
         load_model(path)
     with pytest.raises(ValueError, match=r"^There is no weights file \S*: train a run, or give another file\.$"):
         load_model(tmp_path / "nowhere.safetensors")
+    with pytest.raises(ValueError, match=r"^weights is of type MlpMixer, but it has to be a file, as train\("):
+        load_model(MlpMixer(**SMALL))
     torch.save(content, tmp_path / "m.pt")
     with pytest.raises(ValueError, match=r"^\S*m\.pt was saved with torch\.save: give a safetensors file, as train\("):
         load_model(tmp_path / "m.pt")

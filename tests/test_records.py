@@ -94,6 +94,7 @@ def test_rejects_a_path_that_is_no_regular_file(tmp_path, put):
 def test_coursework_is_the_longest_complete_grid():
     runs = [record(config) for config in (*grid(num_epochs=2), *grid(num_epochs=3)[:7])]
     assert coursework(runs) == runs[:8] and len(histories(runs)) == 8 * 2 + 7 * 3
+    assert histories(runs[0]).equals(histories(runs[:1]))
     last = record(grid(num_epochs=3)[7], history=[EPOCH | {"epoch": n, "test_accuracy": n / 4} for n in (1, 2, 3)])
     assert coursework([*runs, last]) == [*runs[8:], last] and best([*runs, last]) == last
     with pytest.raises(RecordError, match="does not hold the eight runs of the coursework"):

@@ -80,9 +80,12 @@ def timeless(records: list[dict]) -> list[list[dict]]:
     return [[epoch | {"seconds": 0} for epoch in record["history"]] for record in records]
 
 
-def test_says_that_a_grid_takes_a_folder(tmp_path, own_data):
+def test_rejects_arguments_in_one_sentence(tmp_path, own_data):
     with pytest.raises(TypeError, match="takes the folder of a data set"):
         run_grid(TWO, tmp_path, data=fashion_mnist.load_folder(own_data))
+    for jobs in (0, -1, "2"):
+        with pytest.raises(ValueError, match=f"jobs is {jobs!r}, but it has to be a whole number above 0"):
+            run_grid(TWO, tmp_path, jobs=jobs)
 
 
 def test_trains_each_run_once_and_then_reads_its_record(run, trained, tmp_path, own_data, monkeypatch):

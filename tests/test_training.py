@@ -297,6 +297,15 @@ def test_rejects_arguments_in_one_sentence(few):
         run(few, replace(SHORT, optimiser="muon"), model=network())
     with pytest.raises(ValueError, match="optimiser has to be a function, like lambda"):
         run(few, model=(model := network()), optimiser=nesterov(model.parameters()))
+    with pytest.raises(ValueError, match=r"optimiser has to return a torch\.optim\.Optimizer, not None"):
+        run(few, optimiser=lambda parameters: None)
+    pair = nn.Sequential(nn.Flatten(), nn.LSTM(784, 10))
+    for model, found in ((nn.Linear(28, 10), r"\(2, 1, 28, 10\)"), (pair, "tuple")):
+        with pytest.raises(ValueError, match=rf"has to return logits of shape \(2, 10\), not {found}"):
+            run(few, model=model)
+    for wrong, what in (({"model": nn.Flatten}, "the class Flatten"), ({"data": [few]}, "a list")):
+        with pytest.raises(TypeError, match=f"is {what}, but it has to be "):
+            run(few, **wrong)
     torch.set_default_dtype(torch.float64)
     try:
         with pytest.raises(ValueError, match=r"torch\.set_default_dtype\(torch\.float32\)"):
