@@ -17,8 +17,6 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from torchvision.datasets import FashionMNIST
-
 from mixer.system.files import IN_CHECKOUT, PROJECT, expand, locked
 
 SHA256 = {  # of the unpacked files, in the order of Data's tensors
@@ -92,6 +90,8 @@ def _complete(raw: Path) -> None:
 
 def _download(incoming: Path, raw: Path) -> Path:
     """Download with torchvision, else with apt, updating its lists if needed; return the folder. Raises DataError."""
+    from torchvision.datasets import FashionMNIST  # here, since it is slow to import
+
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(REPLY_TIMEOUT)  # torchvision would wait for ever
     try:

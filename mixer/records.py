@@ -8,13 +8,13 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pandas as pd
 import torch
-import torchvision
 
 from mixer.config import Config, grid
 from mixer.kernels import fused
@@ -137,7 +137,7 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "numpy": numpy.__version__,
         "system": f"{platform.system()} {platform.machine()}",
         "device": _device_name(device),

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import Subset
-from torchvision.datasets import CIFAR10, EMNIST, SVHN, USPS, ImageFolder, VisionDataset
+from torchvision.datasets import CIFAR10, EMNIST, SVHN, USPS, FashionMNIST, ImageFolder, VisionDataset
 
 from mixer import download
-from mixer.data import PIXEL_MEAN, PIXEL_STD, SHA256, TENSORS, Data, DataError, load_folder, normalise, validation_split
+from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, TENSORS, Data, load_folder, normalise, validation_split
+from mixer.download import SHA256, DataError
 
 NAMES = tuple(SHA256)
 
@@ -53,6 +54,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_loads_all_of_fashion_mnist_normalised(data):
     assert data.name == "Fashion-MNIST" and data.num_classes == 10 and data.sha256 == SHA256
+    assert tuple(FashionMNIST.classes) == CLASSES
     images = normalise(data.train_images)
     assert images.shape == (60_000, 1, 28, 28) and images.dtype == torch.float32
     assert abs(float(images.double().mean())) < 1e-3 and float(images.double().std()) == pytest.approx(1, abs=1e-3)
@@ -194,8 +196,8 @@ def package(tmp_path, monkeypatch) -> Path:
     md5 = [(name, hashlib.md5(content).hexdigest()) for name, content in contents(folder).items()]
     monkeypatch.setattr(download, "SHA256", own_data().sha256)
     monkeypatch.setattr(download, "DEBIAN_FOLDER", Path("/usr/share/nowhere"))
-    monkeypatch.setattr(download.FashionMNIST, "resources", sorted(md5, reverse=True))
-    monkeypatch.setattr(download.FashionMNIST, "mirrors", ["http://localhost:1/"])
+    monkeypatch.setattr(FashionMNIST, "resources", sorted(md5, reverse=True))
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://localhost:1/"])
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("no_proxy", "*")
     return folder
@@ -218,7 +220,7 @@ def mirror(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[None]:
     handler = type("", (BaseHTTPRequestHandler,), {"do_GET": answer, "log_message": lambda *_: None, "timeout": 60})
     server = type("", (ThreadingHTTPServer,), {"handle_error": lambda *_: None})(("localhost", 0), handler)
     with server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(download.FashionMNIST, "mirrors", [f"http://localhost:{server.server_port}/"])
+        patch.setattr(FashionMNIST, "mirrors", [f"http://localhost:{server.server_port}/"])
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield
         server.shutdown()

@@ -1,6 +1,8 @@
 """The rules of the layout: which module may import which."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,9 @@ def test_no_function_has_the_name_of_a_module(module):
     names = {Path(path).stem for path in FILES.values()} | {path.parent.name for path in FILES.values()}
     functions = {node.name for node in TREES[module].body if isinstance(node, ast.FunctionDef)}
     assert not functions & names
+
+
+def test_importing_the_package_does_not_wait_for_slow_packages():
+    code = "import sys, mixer; print({'torchvision', 'torch._dynamo', 'matplotlib.pyplot'} & set(sys.modules))"
+    imported = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert imported.stdout == "set()\n"
