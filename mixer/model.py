@@ -50,7 +50,7 @@ def count_patches(image: tuple[int, int], patch: tuple[int, int]) -> int:
     """Count the patches in an image; both sizes are (height, width). Raises ValueError if patches do not tile it."""
     (height, width), (ph, pw) = image, patch
     if height % ph or width % pw or not height * width:
-        raise ValueError(f"patches of {ph}×{pw} do not tile an image of {height}×{width}")
+        raise ValueError(f"patches of {ph}×{pw} do not tile an image of {height}×{width}: choose sizes that divide it")
     return (height // ph) * (width // pw)
 
 

@@ -90,7 +90,7 @@ def test_help_puts_every_field_in_a_group(capsys):
         ("--seed 1", "this command does not accept --seed; did you mean --seeds?"),
         ("--channels 32", "this command does not accept --channels; did you mean --num-channels?"),
         ("modern", "this command does not accept modern\n"),
-        ("--patch-size 8", "ValueError: patches of 8×8 do not tile an image of 28×28\n"),
+        ("--patch-size 8", "ValueError: patches of 8×8 do not tile an image of 28×28: choose sizes that divide it\n"),
         ("--device abacus", "there is no device 'abacus' here: give cpu, cuda or mps"),
         ("--data nowhere", "nowhere"),
         ("--limit 70000", "ValueError: limit is 70000, but must be from 1 to 60000"),
