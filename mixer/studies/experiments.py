@@ -98,7 +98,7 @@ def second_round() -> dict[str, Sets]:
         "120 epochs": sets(range(3), longer, lr=[0.001]) | sets(range(2), longer, lr=[0.01]),
         "learning rates": sets(range(3), DROPOUT, lr=[0.0003, 0.001, 0.003, 0.01, 0.03]),
         "five seeds": sets(range(5), DROPOUT, lr=RATES, batch_size=[256, 512]),
-        "channels in step": sets(range(2), ten, size=in_step),
+        "channels in step": {("channels in step", n): c for n, c in sets(range(2), ten, size=in_step).items()},
     }
 
 
@@ -106,8 +106,10 @@ def recipe() -> dict[str, Sets]:
     """Sets of runs for recipe.ipynb, by part."""
     short = RECIPES["modern"] | {"num_epochs": 20}
     others = short | {"whiten": False, "initialisation": "flax"}  # both apply to a mixer only
+    control = {"control": WITHOUT["mixup"] | WITHOUT["label smoothing"]}  # differs from "distilled" by its teacher
     return {
         "recipes": sets(range(3), {}, recipe={name: RECIPES[name] for name in ("modern", "distilled", "patient")}),
+        "control": sets(range(3), RECIPES["modern"], without=control),
         "teacher": sets([0], {}, recipe={"teacher": RECIPES["teacher"]}),
         "ingredients": sets(range(2), short, without={"the recipe": {}} | WITHOUT),
         "other networks": sets(range(2), others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
@@ -198,7 +200,6 @@ def _experiments() -> dict[str, list[Stage]]:
     folder, parts = RESULTS / "recipe", recipe()
     eight = {"lr": RATES, "dropout_p": [0.0, 0.1], "batch_size": [256, 512]}
     grid = {"three seeds": sets(range(3), {}, **eight), "selection": sets([0], {"validation": True}, **eight)}
-    control = {"control": WITHOUT["mixup"] | WITHOUT["label smoothing"]}
     held_out = {"teacher": sets([0], RECIPES["teacher"], validation=[True])}
     longer = RECIPES["teacher"] | {"validation": True, "num_epochs": 40}
     modern = {"modern": {"modern": parts["recipes"].pop("modern")}}  # first, since some of the others need the teacher
@@ -206,10 +207,7 @@ def _experiments() -> dict[str, list[Stage]]:
     return {
         "grid": [Stage(RESULTS, grid, then=keep_best)],
         "questions": [Stage(RESULTS / "questions", questions(), then=gradients.main)],
-        "second round": [
-            Stage(RESULTS / "questions", second_round()),
-            Stage(folder, {"control": sets(range(3), RECIPES["modern"], without=control)}),
-        ],
+        "second round": [Stage(RESULTS / "questions", second_round())],
         "recipe": [
             Stage(folder, modern, keep=SHIPPED / "recipe.safetensors", then=label_errors.main),
             Stage(folder, {"teacher": parts.pop("teacher")}, keep=weights_of("conv")),
