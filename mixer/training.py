@@ -38,6 +38,7 @@ from mixer.model import MlpMixer
 from mixer.optim import optimisers, schedule
 from mixer.prediction import EVAL_BATCH, predict
 from mixer.records import RECORD_FORMAT, Record, environment
+from mixer.system.buffers import keep_large_buffers
 from mixer.system.device import autocast, by_itself, find_device, find_precision, threads_after_fork
 from mixer.system.files import check_writable, expand
 from mixer.system.progress import Bar, Turn
@@ -230,6 +231,8 @@ class Run:
         with contextlib.ExitStack() as contexts:
             if self.choice.path == "fused":  # the eager model uses all of PyTorch's threads
                 contexts.enter_context(fused.threads_for_the_operator())
+            elif self.device.type == "cpu" and not self.eager:
+                keep_large_buffers()
             if "model" in self.brought:  # its dropout may draw from PyTorch's own generators
                 contexts.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
                 torch.manual_seed(self._seed(self.epoch + 1))

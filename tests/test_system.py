@@ -1,8 +1,9 @@
-"""Locks and cores. Complete files are tested where they are written."""
+"""Locks, cores and memory. Complete files are tested where they are written."""
 
 import errno
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -72,3 +73,24 @@ def test_openmp_binding_leaves_all_cores():
     bound = os.environ | {"OMP_PROC_BIND": "true"}
     answer = subprocess.run([sys.executable, "-c", code], env=bound, capture_output=True, text=True, check=True)
     assert answer.stdout.split() == [str(len(os.sched_getaffinity(0)))] * 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_eager_training_reuses_large_buffers():
+    code = (
+        "import resource, torch\n"
+        "from mixer import Config, train\n"
+        "model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(5):\n"
+        "        torch.ones(2**24)  # 64 MiB\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "faults()\n"
+        "train(Config(limit=8, num_epochs=1), model=model, device='cpu', progress=False)\n"
+        "faults()\n"
+        "faults()\n"
+    )
+    counts = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    default, _, kept = map(int, counts)
+    assert kept < default / 10

@@ -4,9 +4,10 @@
     python -m mixer.studies.bench --quick       a trial of some minutes; writes nothing
 
 All variants train on the same batches in one process, in alternation, so that other load on the machine affects them
-equally. A step takes normalised images: forward, cross-entropy, backward, Adam. FLOP are those of the model's matrix
-products (38.5 MFLOP per image forward, three times that per step), without the fast path's recomputation in its
-backward pass. The fast path is ``accelerate``'s: the fused operator on a CPU, recorded CUDA graphs on CUDA.
+equally. Large buffers are kept between steps (see ``buffers.py``), which helps the peers with batches of 512. A step
+takes normalised images: forward, cross-entropy, backward, Adam. FLOP are those of the model's matrix products (38.5
+MFLOP per image forward, three times that per step), without the fast path's recomputation in its backward pass. The
+fast path is ``accelerate``'s: the fused operator on a CPU, recorded CUDA graphs on CUDA.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from mixer.kernels import fused
 from mixer.kernels.acceleration import accelerate
 from mixer.model import MlpMixer
 from mixer.records import RESULTS, environment
+from mixer.system.buffers import keep_large_buffers
 from mixer.system.device import find_device, find_precision
 from mixer.system.files import PROJECT, check_writable, write_whole
 
@@ -206,6 +208,7 @@ def _answer(child: subprocess.Popen) -> float | None:
 
 def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str, Any]:
     """Return the content of the JSON file. Times are milliseconds per step."""
+    keep_large_buffers()
     threads, precision = torch.get_num_threads(), find_precision(device)
     here = environment(device, precision) | {"path": Trainer("fast", 0.0, device).path}
     for name in ("timm", "jax"):
