@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+from mixer.kernels import fused
 from mixer.kernels.dropout import Dropout, dropout_scale
 
 
@@ -56,6 +57,15 @@ def test_every_shape_has_the_same_mask_row_by_row(shape):
     rows = math.prod(shape[:-1])
     assert scale.shape == shape
     assert torch.equal(scale.reshape(rows, shape[-1]), whole[:rows, : shape[-1]])
+
+
+@pytest.mark.skipif(not fused.available(), reason="needs the compiled operator")
+@pytest.mark.parametrize("shape", [(7,), (1,), (3, 1), (0, 4), (4, 0), (5, 3, 34), (2, 3, 9), (300, 111)], ids=str)
+def test_compiled_masks_are_the_same(shape):
+    for p, seed in ((0.1, 5), (0.5, 2**61 + 5), (0.999, 0), (1e-5, 2**62 - 1)):
+        arguments = torch.Size(shape), p, torch.tensor(seed)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            assert torch.equal(fused.dropout_scale(*arguments, dtype), dropout_scale(*arguments).to(dtype))
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["default generator", "own generator"])

@@ -1,8 +1,8 @@
 """Dropout with the same masks on every device and every path.
 
-A mask is a hash of each element's position and a seed. It need not be stored for the backward pass, and ``fused.cpp``
-draws the same one. PyTorch's own dropout gives different masks on each device, and on a CPU it takes longer than the
-rest of a training step.
+A mask is a hash of each element's position and a seed. The fast path need not store it for the backward pass, and
+``fused.cpp`` draws the same one, for eager PyTorch too. PyTorch's own dropout gives different masks on each device, and
+on a CPU it takes longer than the rest of a training step.
 """
 
 import math
@@ -39,7 +39,7 @@ class Dropout(nn.Module):
         if not self.active:
             return y
         seed = self.drawn.pop(0) if self.drawn else self.seeds().to(y.device)
-        return y * dropout_scale(y.shape, self.p, seed).to(y.dtype)
+        return y * _scale(y, self.p, seed)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -61,6 +61,16 @@ def dropout_scale(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
     halves = torch.stack([word & 0xFFFF, _shr(word, 16)], dim=-1).view(rows, 2 * pairs)[:, : shape[-1]]
     steps = threshold(p)
     return (halves >= steps).to(torch.float32).mul_(65536 / (65536 - steps)).view(shape)
+
+
+def _scale(y: Tensor, p: float, seed: Tensor) -> Tensor:
+    """``dropout_scale`` for y, compiled where that is possible. Whatever traces a model sees PyTorch's operations."""
+    from mixer.kernels import fused  # here, since it imports this module
+
+    plain = type(y) is Tensor and y.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and fused.available():
+        return fused.dropout_scale(y.shape, p, seed, y.dtype)
+    return dropout_scale(y.shape, p, seed).to(y.dtype)
 
 
 def threshold(p: float) -> int:

@@ -1003,6 +1003,38 @@ extern "C" int mixing_has_bfloat16() {
 #endif
 }
 
+// For eager PyTorch: dropout_scale of dropout.py, with elements of type T. `kept` is the bits of 1 / (1 - p). A row is
+// written in pairs, which compilers vectorise.
+template <class T, class Pair>
+void dropout_scale(T* out, int64_t rows, int64_t columns, const Dropout& dropout, T kept, int threads) {
+    typedef Pair Pairs __attribute__((may_alias, aligned(alignof(T))));
+    std::vector<Word> hashes((columns + 1) / 2);
+    for (size_t i = 0; i < hashes.size(); i++) hashes[i] = dropout.column(i);
+    parallel(SLICES, threads, [&, kept, dropped = dropout.threshold](int slice) {
+        const auto factor = [=](Word half) { return half < dropped ? T(0) : kept; };
+        for (int64_t r = rows * slice / SLICES; r < rows * (slice + 1) / SLICES; r++) {
+            const Word row = dropout.row(r), *__restrict column = hashes.data();
+            const int64_t pairs = columns / 2;
+            Pairs* __restrict to = reinterpret_cast<Pairs*>(out + r * columns);
+            for (int64_t i = 0; i < pairs; i++) {
+                const Word word = Dropout::mix(row + column[i]);
+                to[i] = factor(word & 0xFFFF) | Pair(factor(word >> 16)) << (8 * sizeof(T));
+            }
+            if (columns % 2) out[(r + 1) * columns - 1] = factor(Dropout::mix(row + hashes.back()) & 0xFFFF);
+        }
+    });
+}
+
+extern "C" void mixing_dropout(void* out, int64_t rows, int64_t columns, int threshold, int64_t seed, Word kept,
+                               int bytes, int threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    const Dropout dropout(threshold, seed);
+    if (bytes == 2)
+        dropout_scale<uint16_t, uint32_t>(static_cast<uint16_t*>(out), rows, columns, dropout, kept, threads);
+    else
+        dropout_scale<uint32_t, uint64_t>(static_cast<uint32_t*>(out), rows, columns, dropout, kept, threads);
+}
+
 // For the tests: GELU and its derivative as a tile computes them. `count` is a multiple of V.
 template <class P>
 void gelu(const float* z, float* value, float* derivative, int64_t count, bool tanh) {

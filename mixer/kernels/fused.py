@@ -6,6 +6,7 @@
 import contextlib
 import ctypes
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -62,6 +63,18 @@ def fused_blocks(
     if not available(bfloat16):
         raise RuntimeError("the fused operator is not available here: call the model itself")
     return _Blocks.apply((p, bfloat16, skip, gelu), torch.is_grad_enabled(), x, seeds, *parameters)
+
+
+def dropout_scale(shape: torch.Size, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute ``dropout.dropout_scale`` in this dtype on the CPU, many times as fast; needs the operator."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return dropout_scale(shape, p, seed, torch.float32).to(dtype)
+    scale, steps = torch.empty(shape, dtype=dtype), threshold(p)
+    kept = torch.tensor(65536 / (65536 - steps), dtype=dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    if scale.numel():
+        sizes = math.prod(shape[:-1]), shape[-1], steps
+        library().mixing_dropout(scale.data_ptr(), *sizes, int(seed), int(kept), dtype.itemsize, threads())
+    return scale
 
 
 def check(x: Tensor, parameters: list[Tensor], seeds: Tensor) -> None:
@@ -211,7 +224,9 @@ def library() -> ctypes.CDLL | None:
     pointer, chain = ctypes.c_void_p, ctypes.POINTER(_Chain)
     compiled.mixing_forward.argtypes = [chain, pointer, pointer]
     compiled.mixing_backward.argtypes = [chain, pointer, pointer, pointer]
-    compiled.mixing_gelu.argtypes = [pointer, pointer, pointer, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-    for function in (compiled.mixing_forward, compiled.mixing_backward, compiled.mixing_gelu):
+    count, number = ctypes.c_int64, ctypes.c_int
+    compiled.mixing_dropout.argtypes = [pointer, count, count, number, ctypes.c_int64, ctypes.c_uint32, number, number]
+    compiled.mixing_gelu.argtypes = [pointer, pointer, pointer, count, number, number]
+    for function in (compiled.mixing_forward, compiled.mixing_backward, compiled.mixing_dropout, compiled.mixing_gelu):
         function.restype = None
     return compiled

@@ -162,6 +162,8 @@ def peak(dtype: torch.dtype, device: torch.device, seconds: float = 2.0) -> floa
 
 def memory(variant: str, dropout_p: float, size: int, device: torch.device) -> float:
     """Peak MiB of training, in a separate process; on a CPU, without the memory in use after all imports."""
+    import torch._dynamo  # PyTorch's optimisers import it with the first step
+
     if variant == "timm":
         import timm.models.mlp_mixer  # noqa: F401
     if variant == "jax":
