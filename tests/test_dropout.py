@@ -81,6 +81,21 @@ def test_each_call_draws_one_seed_and_seeds_draws_many(own):
         assert torch.equal(one(y), y * dropout_scale(y.shape, 0.3, seed))
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.jit's end
+def test_draws_anew_in_a_traced_or_transformed_model():
+    dropout, y = Dropout(0.5), torch.ones(4, 16)
+    vmapped = torch.vmap(dropout, randomness="different")(y)
+    assert not torch.equal(vmapped[0], vmapped[1])
+    traced = torch.jit.trace(dropout, y, check_trace=False)
+    compiled = torch.compile(dropout, backend="eager", fullgraph=True)
+    for transformed in (traced, compiled):
+        assert not torch.equal(transformed(y), transformed(y))
+    torch.manual_seed(1)
+    answer = compiled(y)
+    torch.manual_seed(1)
+    assert torch.equal(answer, dropout(y))
+
+
 def test_leaves_pytorchs_generator_alone_unless_it_is_used():
     y, before = torch.randn(2, 3), torch.get_rng_state()
     Dropout(0.5, torch.Generator())(y)

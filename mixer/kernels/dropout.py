@@ -64,11 +64,11 @@ def dropout_scale(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
 
 
 def _scale(y: Tensor, p: float, seed: Tensor) -> Tensor:
-    """``dropout_scale`` for y, compiled where that is possible. Whatever traces a model sees PyTorch's operations."""
+    """``dropout_scale`` for y, compiled if possible. What traces or transforms a model needs PyTorch's operations."""
     from mixer.kernels import fused  # here, since it imports this module
 
-    plain = type(y) is Tensor and y.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and fused.available():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if type(y) is Tensor and y.device.type == "cpu" and not traced and fused.available():
         return fused.dropout_scale(y.shape, p, seed, y.dtype)
     return dropout_scale(y.shape, p, seed).to(y.dtype)
 
