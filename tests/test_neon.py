@@ -13,7 +13,8 @@ import torch
 from test_fused import NAMES, SHAPES, answers, eager, gelus, inputs
 
 from mixer.kernels import build
-from mixer.kernels.dropout import Dropout, threshold
+from mixer.kernels.dropout import Dropout
+from mixer.kernels.fused import threshold
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 pytestmark = pytest.mark.skipif(

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mixer.kernels import fused
+
 
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014): in training, sets elements to 0 with probability ``p``, scales the rest.
@@ -59,23 +61,16 @@ def dropout_scale(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
     row, column = _hash(index[:rows], key), _hash(index[:pairs] ^ _signed(1 << 31, 32), key)
     word = _mix(row[:, None] + column)
     halves = torch.stack([word & 0xFFFF, _shr(word, 16)], dim=-1).view(rows, 2 * pairs)[:, : shape[-1]]
-    steps = threshold(p)
+    steps = fused.threshold(p)
     return (halves >= steps).to(torch.float32).mul_(65536 / (65536 - steps)).view(shape)
 
 
 def _scale(y: Tensor, p: float, seed: Tensor) -> Tensor:
     """``dropout_scale`` for y, compiled if possible. What traces or transforms a model needs PyTorch's operations."""
-    from mixer.kernels import fused  # here, since it imports this module
-
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if type(y) is Tensor and y.device.type == "cpu" and not traced and fused.available():
         return fused.dropout_scale(y.shape, p, seed, y.dtype)
     return dropout_scale(y.shape, p, seed).to(y.dtype)
-
-
-def threshold(p: float) -> int:
-    """Number of the 65536 random values that drop an element."""
-    return min(round(p * 65536), 65535)
 
 
 def _hash(index: Tensor, key: Tensor) -> Tensor:

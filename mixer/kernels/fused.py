@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mixer.kernels import build
-from mixer.kernels.dropout import threshold
 
 CHANNELS = 64  # of the residual stream, at most; as in fused.cpp
 EPS = 1e-6  # of fused.cpp's LayerNorms
@@ -63,6 +62,11 @@ def fused_blocks(
     if not available(bfloat16):
         raise RuntimeError("the fused operator is not available here: call the model itself")
     return _Blocks.apply((p, bfloat16, skip, gelu), torch.is_grad_enabled(), x, seeds, *parameters)
+
+
+def threshold(p: float) -> int:
+    """Number of the 65536 random values that drop an element."""
+    return min(round(p * 65536), 65535)
 
 
 def dropout_scale(shape: torch.Size, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
