@@ -42,7 +42,7 @@ CHOICES = {  # choices that the coursework's report does not state
 WAYS = {"coursework's widths": (0, 0), "equal parameters": (1, 0), "equal FLOP": (1, 1)}  # which widths are scaled
 # Patch size -> widths, with one channel per pixel of a patch and the coursework's number of parameters within 0.2 %.
 IN_STEP = {2: (4, 298, 149), 4: (16, 1024, 512), 7: (49, 1428, 714), 14: (196, 546, 273)}
-TEACHERS = {"long": {}, "affine": {"affine": 0.1}}  # name -> changes to the recipe "teacher", both for 40 epochs
+AFFINE = RECIPES["teacher"] | {"affine": 0.1, "num_epochs": 40}  # a teacher that has seen the views of its students
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
     "weight decay": {"weight_decay": 0.0},
@@ -142,6 +142,14 @@ def speedrun_trials() -> dict[str, Sets]:
     }
 
 
+def student_trials() -> dict[str, Sets]:
+    """Sets of runs that choose how a student is trained. Their teacher has not seen the validation split either."""
+    settings = RECIPES["patient"] | {"teacher": "affine-validation", "num_epochs": 60, "validation": True}
+    filters = {"free filters": {}, "shared filters": {"shared_filters": 5}}
+    views = {"endless views": {"affine": 0.1, "erase": 8}, "few views": {}}
+    return {"screen": sets([0], settings, filters=filters, views=views)}
+
+
 class Stage(NamedTuple):
     """Runs trained side by side, and what follows them."""
 
@@ -199,8 +207,7 @@ def _experiments() -> dict[str, list[Stage]]:
     control = {"control": WITHOUT["mixup"] | WITHOUT["label smoothing"]}  # differs from "distilled" by its teacher
     eight = {"lr": RATES, "dropout_p": [0.0, 0.1], "batch_size": [256, 512]}
     grid = {"three seeds": sets(range(3), {}, **eight), "selection": sets([0], {"validation": True}, **eight)}
-    held_out = {"teacher": sets([0], RECIPES["teacher"], validation=[True])}
-    longer = RECIPES["teacher"] | {"validation": True, "num_epochs": 40}
+    held_out = {"conv-validation": RECIPES["teacher"], "affine-validation": AFFINE}
     modern = {"modern": {"modern": parts["recipes"].pop("modern")}}  # first, since some of the others need the teacher
     orders = {o: {f"round {n}": part for n, (part, names) in enumerate(shuffles(), 1) if o in names} for o in ORDERS}
     return {
@@ -216,15 +223,13 @@ def _experiments() -> dict[str, list[Stage]]:
             Stage(folder, parts | orders.pop("unshuffled")),
             *(Stage(folder / ORDERS[o], part, data=PROJECT / "build" / ORDERS[o]) for o, part in orders.items()),
         ],
-        "long teachers": [
-            Stage(
-                folder, {"teacher": sets([0], longer, teacher={name: changes})}, keep=weights_of(f"{name}-validation")
-            )
-            for name, changes in TEACHERS.items()
-        ],
         "trial speedrun": [Stage(RESULTS / "speedrun" / "trials", speedrun_trials())],
-        # The teacher of students tested on the validation split; it must not have seen that split either.
-        "trial teacher": [Stage(folder, held_out, keep=weights_of("conv-validation"))],
+        # Teachers of students that are tested on the validation split; they must not have seen that split either.
+        "trial teachers": [
+            Stage(folder, {"teacher": sets([0], settings, validation=[True])}, keep=weights_of(name))
+            for name, settings in held_out.items()
+        ],
+        "trial students": [Stage(folder, student_trials())],
     }
 
 
