@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def run_grid(
     """
     if not isinstance(data, Path | str | None):
         raise TypeError("run_grid takes the folder of a data set; only train() takes Data, one run at a time.")
-    if not isinstance(jobs, int) or jobs < 1:
+    if not isinstance(jobs, Integral) or jobs < 1:
         raise ValueError(f"jobs is {jobs!r}, but it has to be a whole number above 0")
     results = expand(results)
     configs = check_configs(configs)

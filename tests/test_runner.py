@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -217,7 +218,7 @@ def test_killed_worker_costs_no_epoch(run, tmp_path):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    records = run(configs, tmp_path, jobs=2)
+    records = run(configs, tmp_path, jobs=np.int64(2))
     killer.join()
     assert kept and resume(records, kept)
 
