@@ -81,14 +81,30 @@ def test_each_call_draws_one_seed_and_seeds_draws_many(own):
         assert torch.equal(one(y), y * dropout_scale(y.shape, 0.3, seed))
 
 
+def test_a_compiled_model_draws_the_same_masks_in_one_graph():
+    layers = torch.nn.Sequential(torch.nn.Linear(16, 32), Dropout(0.3), torch.nn.Linear(32, 2), Dropout(0.1))
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (4, 5, 7):  # from the second size on, with a symbolic shape
+            answers = []
+            for each in (layers, compiled):
+                torch.manual_seed(1)
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                    answers.append(each(torch.linspace(-1, 1, rows * 16).view(rows, 16)))
+            answers += [torch.autograd.grad(answer.sum(), layers[0].weight)[0] for answer in answers]
+            assert torch.equal(answers[0], answers[1]) and torch.equal(answers[2], answers[3])
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.jit's end
 def test_draws_anew_in_a_traced_or_transformed_model():
     dropout, y = Dropout(0.5), torch.ones(4, 16)
     vmapped = torch.vmap(dropout, randomness="different")(y)
     assert not torch.equal(vmapped[0], vmapped[1])
     traced = torch.jit.trace(dropout, y, check_trace=False)
+    exported = torch.export.export(dropout, (y,)).module()
+    assert "mixer" not in str(exported.graph)
     compiled = torch.compile(dropout, backend="eager", fullgraph=True)
-    for transformed in (traced, compiled):
+    for transformed in (traced, exported, compiled):
         assert not torch.equal(transformed(y), transformed(y))
     torch.manual_seed(1)
     answer = compiled(y)

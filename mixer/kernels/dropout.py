@@ -6,6 +6,7 @@ on a CPU it takes longer than the rest of a training step.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,20 @@ def dropout_scale(shape: torch.Size, p: float, seed: Tensor) -> Tensor:
 
 
 def _scale(y: Tensor, p: float, seed: Tensor) -> Tensor:
-    """``dropout_scale`` for y, compiled if possible. What traces or transforms a model needs PyTorch's operations."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    if type(y) is Tensor and y.device.type == "cpu" and not traced and fused.available():
-        return fused.dropout_scale(y.shape, p, seed, y.dtype)
-    return dropout_scale(y.shape, p, seed).to(y.dtype)
+    """``dropout_scale`` for y. What exports or transforms a model needs PyTorch's operations."""
+    transformed = torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or torch.compiler.is_exporting()
+    if type(y) is not Tensor or y.device.type != "cpu" or transformed:
+        return dropout_scale(y.shape, p, seed).to(y.dtype)
+    return (_operator if torch.compiler.is_compiling() else _on_cpu)(seed, y.shape, p, y.dtype)
+
+
+def _on_cpu(seed: Tensor, shape: Sequence[int], p: float, dtype: torch.dtype) -> Tensor:
+    shape = torch.Size(shape)
+    return fused.dropout_scale(shape, p, seed, dtype) if fused.available() else dropout_scale(shape, p, seed).to(dtype)
+
+
+_operator = torch.library.custom_op("mixer::dropout_scale", _on_cpu, mutates_args=())  # for torch.compile
+_operator.register_fake(lambda seed, shape, p, dtype: torch.empty(shape, dtype=dtype))
 
 
 def _hash(index: Tensor, key: Tensor) -> Tensor:
