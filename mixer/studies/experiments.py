@@ -106,8 +106,10 @@ def recipe() -> dict[str, Sets]:
     """Sets of runs for recipe.ipynb, by part."""
     short = RECIPES["modern"] | {"num_epochs": 20}
     others = short | {"whiten": False, "initialisation": "flax"}  # both apply to a mixer only
+    control = WITHOUT["mixup"] | WITHOUT["label smoothing"]  # differs from "distilled" by its teacher alone
     return {
         "recipes": sets(range(3), {}, recipe={name: RECIPES[name] for name in ("modern", "distilled", "patient")}),
+        "control": sets(range(3), RECIPES["modern"], without={"control": control}),
         "teacher": sets([0], {}, recipe={"teacher": RECIPES["teacher"]}),
         "ingredients": sets(range(2), short, without={"the recipe": {}} | WITHOUT),
         "other networks": sets(range(2), others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
@@ -204,7 +206,6 @@ def found(folders: Iterable[str] = ()) -> dict[Config, Record]:
 
 def _experiments() -> dict[str, list[Stage]]:
     folder, parts = RESULTS / "recipe", recipe()
-    control = {"control": WITHOUT["mixup"] | WITHOUT["label smoothing"]}  # differs from "distilled" by its teacher
     eight = {"lr": RATES, "dropout_p": [0.0, 0.1], "batch_size": [256, 512]}
     grid = {"three seeds": sets(range(3), {}, **eight), "selection": sets([0], {"validation": True}, **eight)}
     held_out = {"conv-validation": RECIPES["teacher"], "affine-validation": AFFINE}
@@ -213,10 +214,7 @@ def _experiments() -> dict[str, list[Stage]]:
     return {
         "grid": [Stage(RESULTS, grid, then=keep_best)],
         "questions": [Stage(RESULTS / "questions", questions(), then=gradients.main)],
-        "second round": [
-            Stage(RESULTS / "questions", second_round()),
-            Stage(folder, {"control": sets(range(3), RECIPES["modern"], without=control)}),
-        ],
+        "second round": [Stage(RESULTS / "questions", second_round())],
         "recipe": [
             Stage(folder, modern, keep=SHIPPED / "recipe.safetensors", then=label_errors.main),
             Stage(folder, {"teacher": parts.pop("teacher")}, keep=weights_of("conv")),
