@@ -63,13 +63,12 @@ def resume(run: Any, path: Path) -> None:
 
 
 def key(run: Any) -> str:
-    """Collect everything that affects a run's bits; if it is unchanged, resuming gives the uninterrupted run."""
-    path, device = run.choice.path, run.device.type
-    decisive = ["torch", "precision", "path", "data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
-    decisive += ["device"] if path != "fused" else []
-    decisive += ["threads"] if path == "eager" and device == "cpu" else []
-    values = {name: run.environment.get(name) for name in decisive} | run.brought
-    values |= {"kind": device, "capability": torch.backends.cpu.get_cpu_capability()}
+    """Collect what a run computes. Another processor, path or number of threads rounds otherwise and goes on with it.
+
+    The record then lists the environments before.
+    """
+    decisive = ["torch", "precision", "data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
+    values = {name: run.environment.get(name) for name in decisive} | run.brought | {"kind": run.device.type}
     values |= {name: f"{number:.6g}" for name, number in run.fingerprint.items() if name != "weights"}
     return json.dumps([dataclasses.asdict(run.config), values])
 
