@@ -146,9 +146,9 @@ def speedrun_trials() -> dict[str, Sets]:
 
 def student_trials() -> dict[str, Sets]:
     """Sets of runs that choose how a student is trained. Their teacher has not seen the validation split either."""
-    settings = RECIPES["patient"] | {"teacher": "affine-validation", "num_epochs": 60, "validation": True}
+    settings = RECIPES["patient"] | {"teacher": "conv-validation", "num_epochs": 60, "validation": True}
     filters = {"free filters": {}, "shared filters": {"shared_filters": 5}}
-    views = {"endless views": {"affine": 0.1, "erase": 8}, "few views": {}}
+    views = {"few views": {}, "endless views": {"affine": 0.1, "erase": 8}}
     return {"screen": sets([0], settings, filters=filters, views=views)}
 
 
