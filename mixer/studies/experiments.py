@@ -146,10 +146,13 @@ def speedrun_trials() -> dict[str, Sets]:
 
 def student_trials() -> dict[str, Sets]:
     """Sets of runs that choose how a student is trained. Their teacher has not seen the validation split either."""
-    settings = RECIPES["patient"] | {"teacher": "conv-validation", "num_epochs": 60, "validation": True}
+    settings = RECIPES["patient"] | {"teacher": "conv-validation", "validation": True}
     filters = {"free filters": {}, "shared filters": {"shared_filters": 5}}
     views = {"few views": {}, "endless views": {"affine": 0.1, "erase": 8}}
-    return {"screen": sets([0], settings, filters=filters, views=views)}
+    return {
+        "screen": sets([0], settings | {"num_epochs": 60}, filters=filters, views=views),
+        "patience": sets([0], settings, affine=[0.05, 0.1]),
+    }
 
 
 class Stage(NamedTuple):
