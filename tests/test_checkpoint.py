@@ -174,6 +174,7 @@ def test_checkpoint_depends_on_data_and_precision(few):
 
 
 def test_another_path_and_number_of_threads_resumes(few, checkpoint, trained, caplog, monkeypatch):
+    compiled = fused.library() is not None
     monkeypatch.setattr(fused, "WANTED", not fused.WANTED)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
@@ -182,6 +183,7 @@ def test_another_path_and_number_of_threads_resumes(few, checkpoint, trained, ca
     assert trained == [3] and not any("beginning" in each.getMessage() for each in caplog.records)
     [before], now = record["environment"]["earlier"], record["environment"]
     assert before["epochs"] == 2 and before["threads"] != now["threads"]
+    assert (before["path"] != now["path"]) == compiled
 
 
 def test_full_disk_gives_one_sentence_and_costs_no_finished_epoch(few, checkpoint, uninterrupted, trained):
