@@ -145,13 +145,21 @@ def speedrun_trials() -> dict[str, Sets]:
 
 
 def student_trials() -> dict[str, Sets]:
-    """Sets of runs that choose how a student is trained. Their teacher has not seen the validation split either."""
+    """Sets of runs that choose how a student is trained, and say what limits it.
+
+    Their teacher has not seen the validation split either.
+    """
     settings = RECIPES["patient"] | {"teacher": "conv-validation", "validation": True}
     filters = {"free filters": {}, "shared filters": {"shared_filters": 5}}
     views = {"few views": {}, "endless views": {"affine": 0.1, "erase": 8}}
+    half = {"limit": 27_500, "num_epochs": 120, "validation": True}  # as many steps
     return {
         "screen": sets([0], settings | {"num_epochs": 60}, filters=filters, views=views),
         "patience": sets([0], settings, affine=[0.05, 0.1]),
+        "limits": {
+            "32 channels": [Config(**settings | {"num_epochs": 60, "num_channels": 32, "whiten": False})],
+            "half the images": [Config(**RECIPES["modern"] | half)],
+        },
     }
 
 
