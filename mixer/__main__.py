@@ -54,14 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         records = run_grid(configs, results, jobs=jobs, **how)
     except (GridError, RecordError, DataError, ValueError, OSError) as error:
         sys.exit(str(error))
+    fields = [field.name for field in dataclasses.fields(Config) if field.name != "seed"]
+    varied = [name for name in fields if len({getattr(config, name) for config in configs}) > 1] or ["lr"]
     part = "validation" if configs[0].validation else "not validation"
-    print(_table(records), _AFTERWARDS.format(results=str(results), part=part), sep="\n\n")
+    if "num_epochs" not in varied:
+        part += f" and num_epochs == {configs[0].num_epochs}"
+    print(_table(records), _AFTERWARDS.format(results=str(results), part=part, varied=varied), sep="\n\n")
 
 
 _AFTERWARDS = """The records are in {results}. To draw them, in Python:
 from mixer.records import histories, read_records
 frame = histories(read_records({results!r})).query({part!r})
-curves = frame.pivot_table("test_accuracy", "epoch", ["lr", "dropout_p", "batch_size"])  # means of the seeds
+curves = frame.pivot_table("test_accuracy", "epoch", {varied})  # means of the seeds
 curves.plot().figure.savefig("accuracy.png")"""
 
 

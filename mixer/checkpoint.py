@@ -3,6 +3,7 @@
 ``run`` is always a ``training.Run``.
 """
 
+import copy
 import dataclasses
 import io
 import json
@@ -14,6 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mixer.fingerprint import differences
+from mixer.prediction import WITHOUT_TRACE, answers
 from mixer.records import best_epoch
 from mixer.system.files import seal, unseal, write_whole
 
@@ -55,7 +58,12 @@ def resume(run: Any, path: Path) -> None:
         run.average.load_state_dict(state["average"])
     for optimiser, saved in zip(run.optimisers, state["optimisers"], strict=True):
         optimiser.load_state_dict(saved)
+    others = differences(run.fingerprint, state["fingerprint"], run.config)
+    if "weights" in others:  # of a custom model
+        log.warning("The checkpoint %s is of a run with other initial weights: that run resumes.", path)
     run.history, run.diverged, run.fingerprint = state["history"], state["diverged"], state["fingerprint"]
+    if run.finished:
+        log.warning("The checkpoint %s is of a finished run: nothing is trained.", path)
     run.best_weights = state["best_weights"] and {k: w.cpu() for k, w in state["best_weights"].items()}
     *run.earlier, last = json.loads(state["environments"])
     if last != run.environment:
@@ -93,7 +101,10 @@ def save_weights(run: Any, path: Path) -> None:
 
 
 def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) -> bytes:
-    """Serialise the weights with their origin."""
+    """Serialise the weights with their origin, which holds the model's answers on two images."""
+    model = copy.deepcopy(run.tested)
+    model.load_state_dict(weights)
+    image = list(run.data.train_images.shape[1:])
     origin = {
         "name": run.config.name,
         "epoch": epoch["epoch"],
@@ -101,7 +112,9 @@ def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) 
         "data": run.data.name,
         "config": dataclasses.asdict(run.config),
         **run.brought,
-        "image": list(run.data.train_images.shape[1:]),
+        "settings": {name: getattr(model, name) for name in WITHOUT_TRACE if hasattr(model, name)},
+        "answers": answers(model, image).tolist(),
+        "image": image,
         "data_sha256": run.data.sha256,
         "pixel_mean": run.data.pixel_mean,
         "pixel_std": run.data.pixel_std,

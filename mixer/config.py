@@ -74,10 +74,10 @@ class Config:
     channels_mlp_dim: int = _model(512, "hidden units of the channel-mixing MLP")
     skip_connections: bool = _model(True, "add the input of each MLP to its output")
     gelu: Literal["exact", "tanh"] = _model("exact", "tanh: the approximation that the paper's code uses")
-    initialisation: Literal["flax", "pytorch", "identity"] = _model("flax", "flax: as in the paper's code; identity: blocks start as the identity")
+    initialisation: Literal["flax", "pytorch", "identity"] = _model("flax", "identity: blocks that do nothing at first")
     whiten: bool = _model(False, "initialise the stem so that its channels are uncorrelated")
     inputs: Literal["normalised", "scaled"] = _data("normalised", "scaled: pixels divided by 255 only")
-    optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = _training("adam", "momentum: SGD with 0.9")
+    optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = _training("adam", "momentum: SGD, 0.9")
     weight_decay: float = _training(0.0, "weight decay of the optimiser")
     shared_filters: int = _training(0, "side of filters that all patches share while training (RepMLP), in patches")
     schedule: Literal["constant", "linear", "decay"] = _training(

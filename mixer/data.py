@@ -19,6 +19,7 @@ from mixer.download import SHA256, DataError, absolute, content_of, prepare, sha
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 PIXEL_MEAN, PIXEL_STD = 0.2860, 0.3530  # of the 60,000 training images, on a scale from 0 to 1
+_NAMES = {"FashionMNIST": "Fashion-MNIST"}  # torchvision's class and folder, by which classify() knows clothing
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 OTHER_TYPES = {9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}  # of IDX files
 warnings.filterwarnings("ignore", "'mixer.data' found in sys.modules", RuntimeWarning)  # by ``python -m mixer.data``
@@ -83,7 +84,7 @@ class Data:
             if images.shape[3:] == (3,):  # as in CIFAR; in SVHN the channels come first
                 images = images.movedim(3, 1).contiguous()
             tensors += [images, labels.long()]
-        return cls(*tensors, name=name)
+        return cls(*tensors, name=_NAMES.get(name, name))
 
     @property
     def num_classes(self) -> int:
@@ -126,8 +127,9 @@ def load_folder(folder: Path | str, device: torch.device | str = "cpu") -> Data:
     takes the folder's name, or that of its parent if the folder is called ``raw``.
     """
     folder = absolute(folder)
+    name = (folder.parent if folder.name == "raw" else folder).name
     try:
-        return Data(*_read(folder), (folder.parent if folder.name == "raw" else folder).name).to(device)
+        return Data(*_read(folder), _NAMES.get(name, name)).to(device)
     except ValueError as error:
         raise DataError(f"The data set in {folder} cannot be used: {error}.") from None
 

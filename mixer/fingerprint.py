@@ -19,7 +19,7 @@ Fingerprint = dict[str, float]
 
 IMAGES, BATCH = 6, 2
 # Relative tolerances: processors differ in the float32 rounding of initial weights, and Muon uses bfloat16.
-TOLERANCES = {"weights": 1e-4, "output": 1e-8, "gradient": 1e-8, "steps": 1e-8, "loss": 1e-8}
+TOLERANCES = {"weights": 1e-4} | dict.fromkeys(["output", "accuracy", "gradient", "steps", "loss", "schedule"], 1e-8)
 MUON = {"steps": 0.1, "loss": 0.1}
 
 
@@ -59,6 +59,7 @@ def try_out(run: Any) -> Fingerprint:
             model.register_forward_pre_hook(lambda _, inputs: inputs[0].double())  # keeps it in eager PyTorch too
         _set_weights(model)
     numbers["output"], _ = run.evaluate()
+    numbers["accuracy"] = _accuracy(run)
     before, gradients = [p.detach().clone() for p in run.model.parameters()], []
 
     def keep_first(loss: Tensor, images: int) -> None:
@@ -70,14 +71,36 @@ def try_out(run: Any) -> Fingerprint:
     numbers["gradient"] = _projection(gradients)
     numbers["steps"] = _projection([new - old for new, old in zip(after, before, strict=True)])
     numbers["loss"] = run.history[0]["test_loss"] if run.history else math.inf
+    numbers["schedule"] = _schedule(run)
     # JSON has no infinity, which an absurd learning rate can lead to.
     return {name: float(f"{number:.12g}") if math.isfinite(number) else 0.0 for name, number in numbers.items()}
 
 
 def differences(one: Fingerprint, other: Fingerprint, config: Config) -> list[str]:
-    """Name the numbers in which two fingerprints of the same config differ."""
+    """Name the numbers in which two fingerprints of the same config differ. Early records have fewer of them."""
     tolerances = TOLERANCES | (MUON if config.optimiser == "muon" else {})
-    return [name for name, close in tolerances.items() if not math.isclose(one[name], other[name], rel_tol=close)]
+    shared = [name for name in tolerances if name in one and name in other]
+    return [name for name in shared if not math.isclose(one[name], other[name], rel_tol=tolerances[name])]
+
+
+def _accuracy(run: Any) -> float:
+    """Sum the accuracies over all classes that the test images could be of; 1, unless an image has several answers."""
+    data, total = run.data, 0.0
+    for label in range(data.num_classes):
+        run.data = replace(data, test_labels=torch.full_like(data.test_labels, label))
+        total += run.evaluate()[1]
+    run.data = data
+    return total
+
+
+def _schedule(run: Any) -> float:
+    """Combine the learning rates at the start of every epoch."""
+    history, total = run.history, 0.0
+    for epoch in range(run.config.num_epochs):
+        run.history = history[:1] * epoch
+        run.set_learning_rate(0)
+        total += (1 + epoch) * sum(float(group["lr"]) for each in run.optimisers for group in each.param_groups)
+    return total
 
 
 @torch.no_grad()

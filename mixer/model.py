@@ -222,4 +222,4 @@ class MlpMixer(nn.Module):
         x = self.norm(x).mean(dim=1)
         device = "cpu" if x.is_meta else x.device.type  # the "meta" device has no autocast
         with torch.autocast(device, enabled=False):  # in bfloat16 the two largest logits are often equal
-            return self.head(x.to(self.head.weight.dtype))
+            return self.head(x.to(getattr(self.head, "weight", x).dtype))

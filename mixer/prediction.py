@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import is_zipfile
@@ -24,7 +24,7 @@ from mixer.system.files import SHIPPED, expand
 EVAL_BATCH = 1000  # images per batch, which keeps the eager model's hidden layer near 100 MB
 WEIGHTS = SHIPPED / "best.safetensors"
 _FASHION_MNIST = {"data": "Fashion-MNIST", "image": (28, 28), "pixel_mean": PIXEL_MEAN, "pixel_std": PIXEL_STD}
-_WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
+WITHOUT_TRACE = ("skip_connections", "gelu")  # in a model's tensors
 Picture = Path | str | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 
 
@@ -106,7 +106,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
             patches_mlp_dim=hidden,
             channels_mlp_dim=len(state["blocks.0.channels_in.weight"]),
             in_channels=in_channels,
-            **{name: value for name, value in origin.get("config", {}).items() if name in _WITHOUT_TRACE},
+            **{k: v for k, v in origin.get("settings", origin.get("config", {})).items() if k in WITHOUT_TRACE},
         )
         model.load_state_dict(state)
         origin |= {"data": str(origin["data"]), "image": tuple(origin["image"])[-2:]}
@@ -121,7 +121,25 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
         if isinstance(error, SafetensorError) and is_zipfile(expand(weights)):
             problem = "was saved with torch.save: give a safetensors file, as train(weights=...) writes"
         raise ValueError(f"{weights!s:.200} {problem}.") from None
+    if "answers" in origin and not _close(answers(model, origin["image"]), torch.tensor(origin["answers"])):
+        raise ValueError(
+            f"{weights!s:.200} holds the weights of a model that computes something else than MlpMixer in "
+            "mixer/model.py: load them into that model with safetensors.torch.load_model."
+        )
     return model.eval(), origin
+
+
+@torch.no_grad()
+def answers(model: nn.Module, image: Sequence[int]) -> Tensor:
+    """Logits (2, num_classes) for noise of this shape (H, W) or (3, H, W), by which a weights file knows its model."""
+    shape = 2, getattr(model, "in_channels", 3 if len(image) == 3 else 1), *image[-2:]
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return model.eval()(noise.to(next(model.parameters()).device)).float().cpu()
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding, of which TensorFloat-32 has most."""
+    return one.shape == other.shape and float((one - other).abs().max()) <= 0.01 * float(other.abs().max())
 
 
 def open_picture(picture: Picture) -> Image.Image:

@@ -1,8 +1,10 @@
 """Records: one JSON file per finished run, with its results and its provenance."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -20,6 +22,7 @@ from mixer.config import Config, grid
 from mixer.kernels import fused
 from mixer.system.files import PROJECT, expand, write_whole
 
+log = logging.getLogger("mixer")
 RECORD_FORMAT = 1
 RESULTS = PROJECT / "results"
 MEASURED = ("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")
@@ -88,13 +91,17 @@ def read_records(results: Path | str = RESULTS) -> list[Record]:
 
 
 def histories(records: Iterable[Record] | Record) -> pd.DataFrame:
-    """Tabulate one record or several, a row per epoch: the config's columns, then the history's.
+    """Tabulate one record or several, a row per epoch: the config's columns, ``model``, then the history's.
 
-    Accuracies are fractions.
+    ``model`` and ``optimiser`` name what was given to ``train``. Accuracies are fractions. The epoch in which a run
+    diverged has no row.
     """
     records = [records] if isinstance(records, dict) else records
-    rows = [record["config"] | epoch for record in records for epoch in record["history"]]
-    return pd.DataFrame(rows, columns=[*(field.name for field in dataclasses.fields(Config)), *MEASURED])
+    rows = []
+    for record in records:
+        brought = {"model": ""} | {name: record[name] for name in ("model", "optimiser") if name in record}
+        rows += [record["config"] | brought | epoch for epoch in record["history"]]
+    return pd.DataFrame(rows, columns=[*(field.name for field in dataclasses.fields(Config)), "model", *MEASURED])
 
 
 def best_epoch(record: Record) -> dict[str, float]:
@@ -178,6 +185,21 @@ def _commit() -> str:
         return "unknown"
 
 
+def _code() -> str:
+    return hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name in _DECISIVE)).hexdigest()
+
+
 # Read on import: during hours of training, files and commits may change.
-_COMMIT = _commit()
-_CODE = hashlib.sha256(b"".join((_PACKAGE / name).read_bytes() for name in _DECISIVE)).hexdigest()
+_COMMIT, _CODE = _commit(), _code()
+
+
+def warn_of_edits() -> None:
+    """Say once that the source files are no longer those that were imported."""
+    if (now := _code()) != _CODE:
+        _warn_of(now)
+
+
+@functools.cache
+def _warn_of(code: str) -> None:
+    what = "The package's files were edited after they were imported, so the old code runs"
+    log.warning("%s: restart Python (in a notebook, the kernel), unless you have reloaded them.", what)

@@ -19,6 +19,7 @@ from mixer import data as fashion_mnist
 from mixer.baselines.distillation import weights_of as teacher_weights
 from mixer.checkpoint import last_weights
 from mixer.config import Config, check_configs
+from mixer.download import SHA256, data_folder
 from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, differences, trial
 from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
 from mixer.system.files import check_writable, expand, locked
@@ -186,8 +187,8 @@ def run_one(
 
 
 _CHANGED_HERE_ONLY = (
-    "The model or its training was changed in this process only, so worker processes do not have the change: "
-    "make it in the source file, or train with jobs=1."
+    "The worker processes read the source files, and this process has other code. If you edited the files, restart "
+    "Python (in a notebook, the kernel). If you changed this process only, edit the files instead, or use jobs=1."
 )
 
 
@@ -281,7 +282,7 @@ def _check_as_asked_for(
 @functools.cache
 def _sha256_of_part(limit: int | None, validation: bool, folder: Path | None) -> dict[str, str]:
     """SHA-256 of the part of a data set that a run uses."""
-    if folder is None and limit is None and not validation:
-        return fashion_mnist.SHA256
+    if folder is None and limit is None and not validation and not (data_folder() / "FashionMNIST").exists():
+        return SHA256  # records can be read without the data set
     data = fashion_mnist.load() if folder is None else fashion_mnist.load_folder(folder)
     return part_of(data, Config(limit=limit, validation=validation)).sha256

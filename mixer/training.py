@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mixer import data as fashion_mnist
@@ -37,7 +37,7 @@ from mixer.kernels.acceleration import Choice, choose
 from mixer.model import MlpMixer
 from mixer.optim import optimisers, schedule
 from mixer.prediction import EVAL_BATCH, predict
-from mixer.records import RECORD_FORMAT, Record, environment
+from mixer.records import RECORD_FORMAT, Record, environment, warn_of_edits
 from mixer.system.buffers import keep_large_buffers
 from mixer.system.device import autocast, by_itself, find_device, find_precision, threads_after_fork
 from mixer.system.files import check_writable, expand
@@ -65,9 +65,11 @@ def train(
     """Train one run and return its record; with ``return_model``, the record and the final model.
 
     model: a custom module, trained in place; by default the config's model. It maps normalised images (B, 1, H, W), or
-    (B, 3, H, W) in colour, to logits (B, num_classes).
+    (B, 3, H, W) in colour, to logits (B, num_classes). The config's fields of the model and dropout_p then have no
+    effect, and the seed does not cover the initial weights: call torch.manual_seed and build a new model for every run.
     optimiser: a function of the model's parameters, in place of the config's optimiser, lr, weight_decay and
-    shared_filters. The record names a custom model and optimiser; choose a file name for it yourself.
+    shared_filters. It is called twice, the second time for the training. The record names a custom model and optimiser;
+    choose a file name for it yourself (``records.write_record``).
     data: Fashion-MNIST by default. ``limit`` and ``validation`` of the config apply to any data.
     device: by default CUDA, else Apple's MPS, else the CPU.
     precision: "bfloat16" (autocast) or "float32"; by default bfloat16 where the hardware supports it.
@@ -83,6 +85,7 @@ def train(
     TypeError, ValueError or OSError before training starts.
     """
     check_configs([config])
+    warn_of_edits()
     for name, given, kind, advice in (
         ("model", model, nn.Module, "an nn.Module, such as MyModel()"),
         ("data", data, Data, "mixer.data.Data, such as Data.from_torchvision(train, test)"),
@@ -100,8 +103,9 @@ def train(
         check_writable(file)
     with by_itself(device):
         data = part_of(fashion_mnist.load(device) if data is None else data.to(device), config)
-        run = Run(config, device, precision, data, model, optimiser)
-        run.fingerprint = fingerprint_of(config, Kind.of(data), model, optimiser)
+        fingerprint = fingerprint_of(config, Kind.of(data), model, optimiser)
+        run = Run(config, device, precision, data, model, optimiser)  # last, so it has the optimiser made last
+        run.fingerprint = fingerprint
         if checkpoint is not None:
             resume(run, checkpoint)
         try:
@@ -120,6 +124,8 @@ def train(
             count = f"{len(run.history)} of {config.num_epochs}"
             where = "`import sys; sys.last_value.history` has them"
             raise Interrupted(f"Interrupted after {count} epochs; {where}.", run.history) from None
+    if run.diverged is not None:
+        log.warning("%s diverged in epoch %d, step %d.", config.name, run.diverged["epoch"], run.diverged["step"])
     if weights is not None:
         try:
             save_weights(run, weights)
@@ -182,6 +188,8 @@ class Run:
             self.optimisers = [optimiser(self.model.parameters())]
             if not isinstance(self.optimisers[0], Optimizer):
                 raise ValueError(f"optimiser has to return a torch.optim.Optimizer, not {self.optimisers[0]!r:.100}")
+            if isinstance(self.optimisers[0], LBFGS):
+                raise ValueError("LBFGS needs a closure, which train() does not give it: choose another optimiser")
             settings = {name: value for name, value in self.optimisers[0].defaults.items() if value is not None}
             self.brought["optimiser"] = f"{type(self.optimisers[0]).__name__} {settings}"
         if loss is None:
@@ -271,11 +279,11 @@ class Run:
         for step, index in enumerate(batches):
             batch = augmented(index, data, config, self.generator)
             with autocast(self.device, self.precision):
-                logits = self.choice.forward(batch.inputs)
+                logits = _float32(self.choice.forward(batch.inputs))
             loss = self.loss(logits, batch)
             self.model.zero_grad()
             loss.backward()
-            self._set_learning_rate(step)
+            self.set_learning_rate(step)
             for optimiser in self.optimisers:
                 optimiser.step()
             if self.average is not None:
@@ -294,13 +302,17 @@ class Run:
             if len(shape) != 2 or shape < wanted:  # more logits than classes do no harm
                 found = shape or type(logits).__name__
                 raise ValueError(f"the model has to return logits of shape {wanted}, not {found}")
+            logits = _float32(logits)
             loss += F.cross_entropy(logits, labels, reduction="sum").cpu().double()
             correct += int((logits.argmax(dim=1) == labels).sum())
             on_test(len(labels))
         count = len(data.test_labels)
         return float(loss) / count, correct / count
 
-    def _set_learning_rate(self, step: int) -> None:
+    def set_learning_rate(self, step: int) -> None:
+        """Set the learning rates for this step of the present epoch."""
+        if self.config.schedule == "constant" and "optimiser" in self.brought:  # which may have a scheduler of its own
+            return
         done = (self.epoch + (step + 1) / self.steps_per_epoch) / self.config.num_epochs
         factor = schedule(self.config.schedule, done, 1 / self.config.num_epochs)
         for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
@@ -373,9 +385,18 @@ def fingerprint_of(
         return soft_target_loss(logits, targets[batch.index], config.temperature)
 
     loss = soft_targets if config.teacher else None
-    cpu, model = torch.device("cpu"), copy.deepcopy(model).cpu() if model is not None else None
+    try:
+        cpu, model = torch.device("cpu"), copy.deepcopy(model).cpu() if model is not None else None
+    except RuntimeError as error:  # a pruned model, for instance
+        reason = str(error).partition(".")[0]
+        raise ValueError(f"the model cannot be copied by copy.deepcopy, which training needs: {reason}") from None
     with fused.threads_for_the_operator():  # one thread: more are slower on so little work
         return try_out(Run(config, cpu, "float32", noise, model, optimiser, loss, eager=True))
+
+
+def _float32(logits: Tensor) -> Tensor:
+    """At least float32: in bfloat16 the two largest logits of a custom model are often equal."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 class LabelLoss:

@@ -1,5 +1,6 @@
 """``accelerate`` gives the eager model's answer, however the model has been changed."""
 
+import random
 from itertools import cycle
 
 import pytest
@@ -70,6 +71,11 @@ CHANGES = {
     "a dropout in evaluation mode": (put("dropout.training", False), "different settings"),
     "another eps in forward": (edit(MixerBlock, written(eps=1e-5)), DIFFERS),
     "GELU's tanh form in forward": (edit(MixerBlock, TANH), DIFFERS),
+    "another forward in evaluation": (
+        edit(MixerBlock, lambda b, x: SAME(b, x) if b.training else x),
+        "evaluation mode",
+    ),
+    "Python's random numbers": (edit(MixerBlock, lambda b, x: SAME(b, x) if random.random() < 1 else x), "outside"),
     "another answer each time": (edit(MixerBlock, lambda self, x: SAME(self, next(SIGNS) * x)), "call to call"),
     "a forward of the model": (edit(MlpMixer, lambda self, x: 2 * self.classify(self.embed(x))), DIFFERS),
     "a forward of one block": (put("forward", lambda x: x), DIFFERS),

@@ -125,7 +125,11 @@ def test_resumes_a_custom_model_but_no_other_one(few, tmp_path, trained, caplog,
         run(few, model=network(dropout), on_epoch=stop_after(2), **options)
     trained.clear()
     resumed = run(few, model=network(dropout), **options)  # with other initial weights
-    assert timeless(resumed) == timeless(whole) and trained == [3] and not caplog.records
+    assert timeless(resumed) == timeless(whole) and trained == [3]
+    assert caplog.records.pop().getMessage().endswith("of a run with other initial weights: that run resumes.")
+    torch.manual_seed(0)
+    run(few, model=network(dropout), **options)
+    assert trained == [3] and caplog.records.pop().getMessage().endswith("of a finished run: nothing is trained.")
     for other in ({"model": network(nn.Tanh())}, {"optimiser": torch.optim.Adam}):
         run(few, **{"model": network(dropout)} | options | other)
         assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts from the beginning.")

@@ -172,6 +172,21 @@ def test_reads_a_models_sizes_from_its_weights(tmp_path):
     assert list(probabilities.index) == [0, 1, 2]
 
 
+class Tanh(MlpMixer):
+    def classify(self, x):
+        return super().classify(x.tanh())
+
+
+def test_weights_are_not_loaded_into_a_model_that_computes_something_else(tmp_path, few):
+    config, path = Config(lr=0.01, num_epochs=1, batch_size=50), tmp_path / "w.safetensors"
+    _, model = train(config, data=few, model=MlpMixer(skip_connections=False, **SMALL), weights=path, **OPTIONS)
+    inputs = normalise(few.test_images[:2])
+    assert torch.equal(load_model(last_weights(path))(inputs), model(inputs))
+    train(config, data=few, model=Tanh(**SMALL), weights=path, **OPTIONS)
+    with pytest.raises(ValueError, match=r"w\.safetensors holds the weights of a model that computes something else"):
+        classify(np.eye(28), path)
+
+
 def test_another_data_set_has_other_classes_backgrounds_and_shapes(tmp_path, few):
     images = few.train_images[:, :, :20]
     own = Data(255 - images, few.train_labels, 255 - images[:50], few.train_labels[:50], name="labels on white")

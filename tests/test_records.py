@@ -95,6 +95,8 @@ def test_coursework_is_the_longest_complete_grid():
     runs = [record(config) for config in (*grid(num_epochs=2), *grid(num_epochs=3)[:7])]
     assert coursework(runs) == runs[:8] and len(histories(runs)) == 8 * 2 + 7 * 3
     assert histories(runs[0]).equals(histories(runs[:1]))
+    own = histories([runs[0], runs[0] | {"model": "Mine", "optimiser": "SGD {}"}])
+    assert [*own["model"].unique()] == ["", "Mine"] and [*own["optimiser"].unique()] == ["adam", "SGD {}"]
     last = record(grid(num_epochs=3)[7], history=[EPOCH | {"epoch": n, "test_accuracy": n / 4} for n in (1, 2, 3)])
     assert coursework([*runs, last]) == [*runs[8:], last] and best([*runs, last]) == last
     with pytest.raises(RecordError, match="does not hold the eight runs of the coursework"):

@@ -23,10 +23,11 @@ import torch
 
 import mixer
 from mixer import data as fashion_mnist
-from mixer import runner
+from mixer import runner, training
 from mixer.baselines import distillation
 from mixer.checkpoint import last_weights
 from mixer.config import Config
+from mixer.fingerprint import differences
 from mixer.model import MixerBlock
 from mixer.records import RecordError, read_record, read_records, record_path, weights_path
 from mixer.runner import GridError, check_code, fingerprints, run_grid, run_one
@@ -163,11 +164,27 @@ def test_rejects_a_record_of_different_code(run, tmp_path):
     assert read_records(tmp_path) == [other]
 
 
+EDITS = {
+    "schedule": (training, "schedule", lambda name, done, first: (1 - done) ** 2),
+    "accuracy": (training.Run, "evaluate", lambda run, on_test=None: (1.0, 0.9)),
+    "output": (MixerBlock, "forward", lambda block, x: x),
+}
+
+
+@pytest.mark.parametrize("number", EDITS)
+def test_fingerprint_shows_an_edit(number, monkeypatch):
+    config = tiny(num_epochs=3, patch_size=7)
+    before = fingerprints([config])[config]
+    assert not differences(before, fingerprints([config])[config], config)
+    monkeypatch.setattr(*EDITS[number])
+    assert number in differences(before, fingerprints([config])[config], config)
+
+
 def test_worker_refuses_to_train_a_changed_model(tmp_path, own_data, trained, monkeypatch):
     codes = fingerprints(TWO[:1], own_data)
     monkeypatch.setattr(MixerBlock, "forward", lambda block, x: x)
     monkeypatch.setattr(runner, "position", lambda: 0)  # as in a worker
-    with pytest.raises(ValueError, match="was changed in this process only, so worker processes do not have"):
+    with pytest.raises(ValueError, match="worker processes read the source files, and this process has other code"):
         run_one(TWO[0], tmp_path, data=own_data, codes=codes)
     assert trained == []
 

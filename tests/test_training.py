@@ -15,6 +15,7 @@ import threadpoolctl
 import torch
 from conftest import first_images
 from torch import nn
+from torch.nn.utils import prune
 
 from mixer.config import Config
 from mixer.data import Data
@@ -97,8 +98,9 @@ def test_trains_on_a_custom_data_set_and_names_it():
     assert record["environment"]["data"] == "letters" and model.num_classes == 3 and model.num_patches == 16
 
 
-def test_diverged_run_names_epoch_and_step(few):
+def test_diverged_run_names_epoch_and_step(few, caplog):
     record = run(few, replace(SHORT, lr=1e30))
+    assert caplog.messages[-1] == f"{replace(SHORT, lr=1e30).name} diverged in epoch 1, step {record['diverged']['step']}."
     assert record["diverged"]["epoch"] == 1 and record["history"] == []
     json.dumps(record, allow_nan=False)
     spoilt = Run(SHORT, CPU, "float32", few)
@@ -284,6 +286,29 @@ def test_custom_optimiser_equals_the_configs(few):
     assert timeless(record)["history"] == timeless(alike)["history"]
 
 
+def test_scheduler_of_a_custom_optimiser_takes_effect(few):
+    made = []
+
+    def stopping(parameters):
+        made.append(torch.optim.lr_scheduler.StepLR(nesterov(parameters), 1, gamma=0.0))
+        return made[-1].optimizer
+
+    model, seen = network(), []
+    run(few, model=model, optimiser=stopping, on_epoch=lambda *_: (made[-1].step(), seen.append(model[1].weight.sum())))
+    assert len(made) == 2 and seen[0] == seen[1] == seen[2]
+
+
+def test_loss_and_ties_of_bfloat16_logits_are_computed_in_float32(few):
+    class Coarse(nn.Sequential):
+        def forward(self, images):
+            return super().forward(images).bfloat16()
+
+    record, model = run(few, TINY, model=Coarse(nn.Flatten(), nn.Linear(784, 10)), return_model=True)
+    logits = torch.cat(list(predict(model, few.test_images, record["environment"]["precision"]))).float()
+    loss = float(nn.functional.cross_entropy(logits, few.test_labels))
+    assert record["history"][-1]["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
 # Rejected before training
 
 
@@ -299,6 +324,11 @@ def test_rejects_arguments_in_one_sentence(few):
         run(few, model=(model := network()), optimiser=nesterov(model.parameters()))
     with pytest.raises(ValueError, match=r"optimiser has to return a torch\.optim\.Optimizer, not None"):
         run(few, optimiser=lambda parameters: None)
+    with pytest.raises(ValueError, match="LBFGS needs a closure"):
+        run(few, model=network(), optimiser=torch.optim.LBFGS)
+    prune.l1_unstructured((pruned := network())[1], "weight", 0.5)
+    with pytest.raises(ValueError, match=r"cannot be copied by copy\.deepcopy, which training needs: Only Tensors"):
+        run(few, TINY, model=pruned)
     pair = nn.Sequential(nn.Flatten(), nn.LSTM(784, 10))
     for model, found in ((nn.Linear(28, 10), r"\(2, 1, 28, 10\)"), (pair, "tuple")):
         with pytest.raises(ValueError, match=rf"has to return logits of shape \(2, 10\), not {found}"):

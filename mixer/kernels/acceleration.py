@@ -9,12 +9,16 @@ they differ by more than rounding, the model itself is used.
 import copy
 import logging
 import math
+import pickle
+import random
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -51,8 +55,7 @@ def accelerate(model: nn.Module, images: Tensor) -> Forward:
     A log line says why a model stays in eager PyTorch. Model, gradients and generators are left unchanged.
 
     Accelerate again after changing the model, as with torch.compile. On the CPU the comparison runs in float32. It
-    misses effects of another precision, random numbers from outside PyTorch and side effects of ``forward``: a print
-    in it runs only during the comparison.
+    misses effects of another precision and side effects of ``forward``: a print in it runs only during the comparison.
     """
     choice = choose(model, images)
     if choice.path == "eager":
@@ -153,7 +156,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _compare(model: nn.Module, fast: Forward, images: Tensor) -> None:
-    """Raise NotServed if logits, a gradient or the random numbers drawn differ in training mode.
+    """Raise NotServed if logits, a gradient or the random numbers drawn differ; on the CPU in evaluation mode too.
 
     The reference is the model in float64. The error of each of ``fast``'s answers may be SLACK times eager PyTorch's
     for that answer, or SLACK times eager PyTorch's median error.
@@ -163,7 +166,12 @@ def _compare(model: nn.Module, fast: Forward, images: Tensor) -> None:
         with torch.autocast(images.device.type, enabled=False):
             exact = copy.deepcopy(model).double()
             truth = _answers(exact, exact, images.double(), start)
+        outside = _outside_states()
         eager = _errors(_answers(model, model, images, start), truth)
+        if pickle.dumps(outside) != pickle.dumps(_outside_states()):
+            random.setstate(outside[0])
+            np.random.set_state(outside[1])  # noqa: NPY002
+            raise NotServed("it draws random numbers from outside PyTorch")
         drawn = [generator.get_state() for generator in start]
         errors = _errors(_answers(model, fast, images, start), truth)
         usual = statistics.median([error for error in eager if error] or [0.0])  # without those of frozen layers
@@ -172,6 +180,14 @@ def _compare(model: nn.Module, fast: Forward, images: Tensor) -> None:
         close = all(one <= SLACK * max(other, usual) + ROUNDING for one, other in zip(errors, eager, strict=True))
         if not close or not all(map(torch.equal, drawn, (generator.get_state() for generator in start))):
             raise NotServed("its answers differ from the fast path's")
+        if images.device.type == "cpu":  # elsewhere the model itself is tested
+            model.eval()
+            exact.eval()
+            with torch.no_grad():
+                tested = exact(images.double())
+                one, other = (_error(forward(images.clone()), tested, 1e-30) for forward in (fast, model))
+            if not one <= SLACK * max(other, usual) + ROUNDING:
+                raise NotServed("its answers in evaluation mode differ from the fast path's")
 
 
 def _answers(model: nn.Module, forward: Forward, images: Tensor, start: States) -> list[Tensor | None]:
@@ -195,6 +211,11 @@ def _error(one: Tensor | None, other: Tensor | None, least: float) -> float:
     if one is None or other is None:
         return 0.0 if one is other else math.inf
     return float((one - other).norm()) / max(float(other.norm()), least)
+
+
+def _outside_states() -> tuple[Any, Any]:
+    """The states of Python's and NumPy's random numbers, which a model may use in its ``forward``."""
+    return random.getstate(), np.random.get_state()  # noqa: NPY002
 
 
 def _rewind(states: States) -> None:
