@@ -4,7 +4,7 @@ The coursework states neither; ours is Adam with PyTorch's defaults, at a consta
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,6 @@ def _optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> 
             rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
             muon = [Muon(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
             return [*muon, AdamW(rest, lr=0.15 * lr, weight_decay=weight_decay, fused=fused)]
-    raise ValueError(f"there is no optimiser {name!r}")
 
 
 def schedule(name: str, done: float, first: float) -> float:
@@ -86,7 +85,7 @@ class SharedFilters(AdamW):
         super().__init__(zeros, lr=lr, weight_decay=0.0)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self) -> None:
         filters = self.param_groups[0]["params"]
         for (matrix, turn), places, weights in zip(self.matrices, self.places, filters, strict=True):
             gradient = torch.cat([turn(matrix.grad).flatten(), matrix.new_zeros(1)])

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from mixer.baselines.networks import build_network
 from mixer.checkpoint import last_weights, resume, save, save_weights
 from mixer.config import Config, check_configs
 from mixer.data import Data, normalise, validation_split
-from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, trial, try_out
+from mixer.fingerprint import Fingerprint, Kind, trial, try_out
 from mixer.kernels import fused
 from mixer.kernels.acceleration import Choice, choose
 from mixer.model import MlpMixer
@@ -193,7 +194,7 @@ class Run:
             settings = {name: value for name, value in self.optimisers[0].defaults.items() if value is not None}
             self.brought["optimiser"] = f"{type(self.optimisers[0]).__name__} {settings}"
         if loss is None:
-            loss = Distillation(config, data, device, precision) if config.teacher else LabelLoss(config)
+            loss = Distillation(config, data, device, precision) if config.teacher else partial(label_loss, config)
         for each in self.optimisers if device.type == "cpu" else ():
             each._accelerator_graph_capture_health_check = lambda: None  # it would query a GPU that may be broken
         self.loss = loss
@@ -372,7 +373,7 @@ class Run:
 
 def fingerprint_of(
     config: Config,
-    kind: Kind = FASHION_MNIST,
+    kind: Kind,
     model: nn.Module | None = None,
     optimiser: Callable[[Iterator[nn.Parameter]], Optimizer] | None = None,
 ) -> Fingerprint:
@@ -399,18 +400,13 @@ def _float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
-class LabelLoss:
+def label_loss(config: Config, logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy with the labels, with the config's label smoothing and the batch's mixup."""
-
-    def __init__(self, config: Config):
-        self.label_smoothing = config.label_smoothing
-
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-        if batch.share < 1:
-            other = F.cross_entropy(logits, batch.labels.flip(0), label_smoothing=self.label_smoothing)
-            loss = batch.share * loss + (1 - batch.share) * other
-        return loss
+    loss = F.cross_entropy(logits, batch.labels, label_smoothing=config.label_smoothing)
+    if batch.share < 1:
+        other = F.cross_entropy(logits, batch.labels.flip(0), label_smoothing=config.label_smoothing)
+        loss = batch.share * loss + (1 - batch.share) * other
+    return loss
 
 
 def part_of(data: Data, config: Config) -> Data:

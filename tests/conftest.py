@@ -34,5 +34,8 @@ def first_images(data: Data, train: int = 300, test: int = 100) -> Data:
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed():
+def _fixed_seed_and_threads():
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -57,13 +57,13 @@ def cache(monkeypatch, tmp_path, compiler):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(compiler))
-    build.library.cache_clear()
+    build._library_or_none.cache_clear()
     yield tmp_path / "cache" / "mixer"
-    build.library.cache_clear()
+    build._library_or_none.cache_clear()
 
 
 def ask_again():
-    build.library.cache_clear()
+    build._library_or_none.cache_clear()
     return build.library()
 
 

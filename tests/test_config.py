@@ -105,7 +105,6 @@ def test_grid_varies_any_field():
         Config(seed=seed, num_epochs=3, num_blocks=blocks, patch_size=size)
         for seed, blocks, size in itertools.product((0, 1), (1, 2), (7, 14))
     ]
-    assert grid(recipe="modern", lrs=[0.5])[0].optimiser == "muon"
 
 
 @pytest.mark.parametrize("several", [range(1, 4), np.arange(1, 4), (1, 2, 3), (n for n in (1, 2, 3))], ids=type)

@@ -1,5 +1,6 @@
 """The CPU operator alone, compared with MixerBlock in float64."""
 
+import functools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from mixer.kernels.dropout import Dropout
 pytestmark = pytest.mark.skipif(not fused.available(), reason="the operator cannot be built here")
 BFLOAT16 = pytest.param(True, id="bfloat16", marks=pytest.mark.skipif(not fused.available(True), reason="no bfloat16"))
 precisions = pytest.mark.parametrize("bfloat16", [pytest.param(False, id="float32"), BFLOAT16])
+settings = pytest.mark.parametrize(("p", "skip"), [(0.0, True), (0.5, True), (0.2, False)])
 gelus = pytest.mark.parametrize("gelu", ["exact", "tanh"])
 # (batch, patches, hidden along patches, hidden along channels): the coursework's, and some that fill no tile
 SHAPES = [(6, 49, 1024, 512), (90, 1, 9, 65), (3, 40, 96, 20), (5, 7, 40, 100), (3, 4, 33, 33), (2, 196, 64, 40)]
@@ -65,22 +67,27 @@ def answers(function, tensors, grad, dtype=torch.float32):
     return [output.detach(), *(tensor.grad for tensor in tensors)]
 
 
-@gelus
-@precisions
-@pytest.mark.parametrize(("p", "skip"), [(0.0, True), (0.5, True), (0.2, False)])
-@pytest.mark.parametrize("shape", [*SHAPES, *WIDTHS], ids=str)
-def test_agrees_with_mixer_block_in_float64(shape, p, skip, bfloat16, gelu):
+def assert_agrees_with_mixer_block(given, shape, p, skip, gelu, bfloat16=False):
+    """``given``: maps tensors and a gradient to the answers to compare with those in float64."""
     # Tolerances are for one MLP, so test each alone; the skip connection passes its input on to the other.
     for silent in ("patches_out", "channels_out") if skip else ("neither",):
         tensors, grad = inputs(*shape)
         for name, tensor in zip(NAMES[1:], tensors, strict=True):
             tensor *= not name.startswith(silent)
         wanted = answers(eager(shape, p, skip, gelu), tensors, grad, torch.float64)
-        got = answers(operator(p, bfloat16, skip, gelu), tensors, grad)
-        for name, value, exact in zip(NAMES, got, wanted, strict=True):
+        for name, value, exact in zip(NAMES, given(tensors, grad), wanted, strict=True):
             within = 1e-2 if bfloat16 else 1e-6 if name == "output" else 1e-5
             if not name.startswith(silent):
                 assert (value - exact).norm() <= within * (1 if skip else 2) * exact.norm(), (silent, name)
+
+
+@gelus
+@precisions
+@settings
+@pytest.mark.parametrize("shape", [*SHAPES, *WIDTHS], ids=str)
+def test_agrees_with_mixer_block_in_float64(shape, p, skip, bfloat16, gelu):
+    given = functools.partial(answers, operator(p, bfloat16, skip, gelu))
+    assert_agrees_with_mixer_block(given, shape, p, skip, gelu, bfloat16)
 
 
 @gelus
@@ -189,30 +196,22 @@ def test_saves_nothing_without_gradients(mode, monkeypatch):
     assert streams == [None]
 
 
-@pytest.fixture
-def _three_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
-
-
 @precisions
-@pytest.mark.usefixtures("_three_threads")
 @pytest.mark.parametrize("shape", [(37, 49, 128, 64), (2, 5, 40, 9), (19, 49, 64, 64, 48)], ids=str)
 def test_is_bit_identical_on_one_to_eight_threads(shape, bfloat16):
+    torch.set_num_threads(3)
     wanted = answers(operator(0.1, bfloat16), *inputs(*shape))
     for threads in range(1, 9):
         torch.set_num_threads(threads)
         assert all(map(torch.equal, answers(operator(0.1, bfloat16), *inputs(*shape)), wanted))
 
 
-@pytest.mark.usefixtures("_three_threads")
 def test_limits_only_the_calling_thread_to_one_thread():
     def threads():
         torch.ones(4) + 1  # PyTorch sets up a thread when it first computes
         return torch.get_num_threads()
 
+    torch.set_num_threads(3)
     with ThreadPoolExecutor(1) as elsewhere, fused.threads_for_the_operator():
         assert (fused.threads(), threads(), elsewhere.submit(threads).result()) == (3, 1, 3)
     with pytest.raises(KeyError), fused.threads_for_the_operator():

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from test_runner import tiny, write_data
+from test_runner import TINY, tiny, write_data
 
 from mixer.__main__ import main
 from mixer.config import Config
-from mixer.records import read_records, record_path
+from mixer.records import read_records
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,8 +22,7 @@ ROOT = Path(__file__).parent.parent
 def test_trains_and_prints_a_table_and_how_to_draw_it(tmp_path, capsys, monkeypatch):
     matplotlib.use("agg")
     data, results = write_data(tmp_path / "letters", seed=0), tmp_path / "it's here"
-    options = "--lr 0.01 --dropout 0.1 --batch-size 16 --seeds 0 1 --num-epochs 1 --num-blocks 1 --patch-size 4x4"
-    options += " --patches-mlp-dim 16 --channels-mlp-dim 16 --device cpu"
+    options = f"{TINY} --seeds 0 1 --num-epochs 1 --patch-size 4x4 --device cpu"
     arguments = ["--results", str(results), "--data", str(data), *options.split()]
     main([*arguments, "--jobs", "1"])  # worker processes: test_runner.py
     output, progress = capsys.readouterr()
@@ -103,13 +102,3 @@ def test_says_in_one_sentence_what_is_wrong(tmp_path, capsys, arguments, sentenc
     said = f"{stopped.value}\n{capsys.readouterr().err}"
     assert stopped.value.code and sentence in said and "Traceback" not in said and "again" not in said
     assert not list(tmp_path.glob("*.json"))
-
-
-def test_names_a_foreign_record_and_keeps_it(tmp_path):
-    path = record_path(tiny(), tmp_path)
-    path.write_text("{}")
-    options = "--lr 0.01 --dropout 0.1 --batch-size 16 --num-epochs 1 --num-blocks 1 --patch-size 4"
-    options += " --patches-mlp-dim 16 --channels-mlp-dim 16"
-    with pytest.raises(SystemExit, match=r"is not a record of a finished run \('config' is missing\): remove it"):
-        main(["--results", str(tmp_path), *options.split()])
-    assert path.read_text() == "{}"

@@ -3,6 +3,7 @@
 On Debian and Ubuntu: apt install g++-aarch64-linux-gnu qemu-user.
 """
 
+import functools
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_fused import NAMES, SHAPES, answers, eager, gelus, inputs
+from test_fused import SHAPES, assert_agrees_with_mixer_block, gelus, inputs, settings
 
 from mixer.kernels import build
 from mixer.kernels.dropout import Dropout
@@ -46,19 +47,11 @@ def emulated(program, tensors, grad, p=0.0, skip=True, gelu="exact", threads=2):
 
 
 @gelus
-@pytest.mark.parametrize(("p", "skip"), [(0.0, True), (0.5, True), (0.2, False)])
+@settings
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_mixer_block_in_float64(program, shape, p, skip, gelu):
-    for silent in ("patches_out", "channels_out") if skip else ("neither",):  # as in test_fused.py
-        tensors, grad = inputs(*shape)
-        for name, tensor in zip(NAMES[1:], tensors, strict=True):
-            tensor *= not name.startswith(silent)
-        wanted = answers(eager(shape, p, skip, gelu), tensors, grad, torch.float64)
-        got = emulated(program, tensors, grad, p, skip, gelu)
-        for name, value, exact in zip(NAMES, got, wanted, strict=True):
-            within = 1e-6 if name == "output" else 1e-5
-            if not name.startswith(silent):
-                assert (value - exact).norm() <= within * (1 if skip else 2) * exact.norm(), (silent, name)
+    given = functools.partial(emulated, program, p=p, skip=skip, gelu=gelu)
+    assert_agrees_with_mixer_block(given, shape, p, skip, gelu)
 
 
 @pytest.mark.parametrize("shape", [(37, 49, 128, 64), (2, 5, 40, 9)], ids=str)

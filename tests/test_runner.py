@@ -43,6 +43,9 @@ def tiny(seed: int = 0, num_epochs: int = 1, **others) -> Config:
     return Config(**{"batch_size": 16, "seed": seed, "num_epochs": num_epochs, "dropout_p": 0.1} | size | others)
 
 
+TINY = (
+    "--lr 0.01 --dropout 0.1 --batch-size 16 --num-blocks 1 --patch-size 4 --patches-mlp-dim 16 --channels-mlp-dim 16"
+)
 TWO = [tiny(0), tiny(1)]
 
 
@@ -267,8 +270,7 @@ def test_repeatedly_killed_worker_says_how_to_resume(run, tmp_path):
 def test_stopped_grid_leaves_no_process_and_resumes(run, tmp_path, own_data, stop):
     """SIGINT goes to all processes, as from a terminal; SIGKILL to the first one."""
     configs = [tiny(seed, num_epochs=25) for seed in (0, 1)]
-    options = "--lr 0.01 --dropout 0.1 --batch-size 16 --seeds 0 1 --num-epochs 25 --num-blocks 1 --patch-size 4"
-    options += f" --patches-mlp-dim 16 --channels-mlp-dim 16 --jobs 2 --data {own_data} --results {tmp_path}"
+    options = f"{TINY} --seeds 0 1 --num-epochs 25 --jobs 2 --data {own_data} --results {tmp_path}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [sys.executable, "-m", "mixer", *options.split()]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import first_images
 
-from mixer.data import load_folder, normalise
+from mixer.data import TENSORS, load_folder, normalise
 from mixer.model import MlpMixer
 from mixer.studies import shuffle as module
 from mixer.studies.shuffle import SIDES, order, shuffle_squares
@@ -47,7 +47,7 @@ def test_writes_two_data_sets_that_load(data, tmp_path, monkeypatch):
     module.main([str(tmp_path)])
     for name, side in SIDES.items():
         loaded = load_folder(tmp_path / name)
-        for field in ("train_images", "test_images", "train_labels", "test_labels"):
+        for field in TENSORS:
             expected = getattr(few, field)
             expected = shuffle_squares(expected, side) if field.endswith("images") else expected
             assert torch.equal(getattr(loaded, field), expected)

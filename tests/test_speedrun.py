@@ -1,20 +1,16 @@
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from test_comparison import record
 
 from mixer.config import RECIPES, Config
 from mixer.studies import speedrun
 from mixer.training import Interrupted, train
 
 SMALL = {"num_epochs": 2, "batch_size": 64, "num_blocks": 1, "patches_mlp_dim": 64, "channels_mlp_dim": 32}
-
-
-def record(config: Config, *accuracies: float) -> dict:
-    history = [{"epoch": i, "test_accuracy": accuracy} for i, accuracy in enumerate(accuracies, start=1)]
-    return {"config": asdict(config), "history": history}
 
 
 @pytest.fixture
@@ -26,10 +22,8 @@ def folder(few, tmp_path, monkeypatch):
     monkeypatch.setattr(speedrun, "STEPS", 2)
     monkeypatch.setattr(speedrun, "load", few.to)
     monkeypatch.setattr(speedrun, "read_records", lambda: [record(speedrun.COURSEWORK, 0.8, 0.9)])
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # eager steps on all threads wait long for each other on a busy machine
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 def test_measures_whole_runs(folder, monkeypatch, capsys):

@@ -50,13 +50,6 @@ def uninterrupted(few) -> dict:
     return run(few)
 
 
-@pytest.fixture
-def _keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 # The record
 
 
@@ -100,7 +93,7 @@ def test_trains_on_a_custom_data_set_and_names_it():
 
 def test_diverged_run_names_epoch_and_step(few, caplog):
     record = run(few, replace(SHORT, lr=1e30))
-    assert caplog.messages[-1] == f"{replace(SHORT, lr=1e30).name} diverged in epoch 1, step {record['diverged']['step']}."
+    assert caplog.messages[-1].endswith(f" diverged in epoch 1, step {record['diverged']['step']}.")
     assert record["diverged"]["epoch"] == 1 and record["history"] == []
     json.dumps(record, allow_nan=False)
     spoilt = Run(SHORT, CPU, "float32", few)
@@ -168,7 +161,6 @@ def test_ignores_the_callers_contexts(few):
 
 
 @needs_operator
-@pytest.mark.usefixtures("_keep_threads")
 @pytest.mark.parametrize("precision", sorted({"float32", find_precision(CPU)}))
 def test_one_thread_and_two_give_the_same_record(few, precision):
     config, records = replace(SHORT, batch_size=128, num_epochs=2), []
@@ -180,7 +172,6 @@ def test_one_thread_and_two_give_the_same_record(few, precision):
     assert timeless(records[0]) == timeless(records[1])
 
 
-@pytest.mark.usefixtures("_keep_threads")
 @pytest.mark.parametrize(("channels", "path"), [pytest.param(16, "fused", marks=needs_operator), (65, "eager")])
 def test_record_has_the_number_of_threads_used(few, channels, path, caplog):
     """The eager model uses all of PyTorch's threads; with the operator, PyTorch uses one."""

@@ -28,6 +28,7 @@ from mixer.config import Config
 from mixer.data import Data, normalise
 from mixer.download import data_folder
 from mixer.records import RESULTS
+from mixer.system.device import autocast
 from mixer.system.files import check_writable, locked, seal, unseal, write_whole
 
 WEIGHTS, CHUNK = RESULTS / "teachers", 1000  # images that the teacher sees at a time
@@ -95,7 +96,7 @@ class Distillation:
         """The teacher's logits (B, num_classes), float32, for the same inputs that the student sees."""
         if batch.share == 1:
             return self.logits[batch.views.to(self.logits.device), batch.index].float()
-        with torch.autocast(batch.inputs.device.type, torch.bfloat16, self.precision == "bfloat16", False):
+        with autocast(batch.inputs.device, self.precision):
             return self.model(batch.inputs)
 
 
@@ -125,7 +126,7 @@ def _logits(model: ConvNet, data: Data, views: int, shift: int, precision: str) 
     logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)
     silent = True if sys.stderr is None or views == 1 else None  # None: disabled unless stderr is a terminal
     for number in tqdm(range(views), desc="the teacher's logits for every view", leave=False, disable=silent):
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.inference_mode(), autocast(device, precision):
             seen = (view(images, torch.full((len(images),), number), shift) for images in batches)
             answers = [model(normalise(images, data.pixel_mean, data.pixel_std)) for images in seen]
         logits[number] = torch.cat(answers).half()

@@ -43,9 +43,6 @@ def _library_or_none() -> ctypes.CDLL | None:
         return None
 
 
-library.cache_clear = _library_or_none.cache_clear
-
-
 def _library(compiler: list[str]) -> ctypes.CDLL:
     name = _name(compiler)
     with contextlib.suppress(OSError):  # not built yet, or damaged

@@ -106,17 +106,17 @@ def frame(axes: Sequence[Axes], *also: float) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 
-def label_ends(axis: Axes, title: str = "", size: float = 7) -> None:
+def label_ends(axis: Axes, title: str = "") -> None:
     """Write each line's label at its end, in its colour and without overlap, with ``title`` above them."""
     lines = [line for line in axis.lines if not line.get_label().startswith("_")]
     lines.sort(key=lambda line: line.get_ydata()[-1])
     low, high = axis.get_ylim()
-    apart = 1.2 * size / 72 / (axis.get_position().height * axis.figure.get_figheight()) * (high - low)
+    apart = 1.2 * 7 / 72 / (axis.get_position().height * axis.figure.get_figheight()) * (high - low)
     ends = np.clip([line.get_ydata()[-1] for line in lines], low, high)
     places = np.arange(len(ends)) * apart + np.maximum.accumulate(ends - np.arange(len(ends)) * apart)
     places += np.mean(ends - places)
     places -= max(0, places[-1] - high + apart / 2)
-    where = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False, "fontsize": size}
+    where = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False, "fontsize": 7}
     for line, place in zip(lines, places, strict=True):
         axis.annotate(line.get_label(), (1.02, place), **where, color=line.get_color())
     axis.annotate(title, (1.02, places[-1] + 1.3 * apart), **where, color=MUTED)

@@ -29,10 +29,9 @@ try:
     from sklearn.neighbors import KNeighborsClassifier
     from sklearn.svm import SVC
 except ImportError:
-    MISSING = "scikit-learn, which this study needs, is missing: pip install -r requirements-dev.txt"
-    if __name__ == "__main__":
-        sys.exit(MISSING)
-    raise ImportError(MISSING, name="sklearn") from None
+    if __name__ != "__main__":
+        raise
+    sys.exit("scikit-learn, which this study needs, is missing: pip install -r requirements-dev.txt")
 
 FOLDER = RESULTS / "classical"
 MODELS: dict[str, BaseEstimator] = {

@@ -42,10 +42,10 @@ def with_clock(source: str) -> tuple[str, list[str]]:
     return CLOCK + timed, names
 
 
-def measure(names: list[str], dropout_p: float, steps: int, batch_size: int = 256) -> dict[str, float]:
+def measure(names: list[str], dropout_p: float, steps: int) -> dict[str, float]:
     """Seconds of each part in ``steps`` training steps on one thread, with the operator that has the clock."""
     trainer = Trainer("fast", dropout_p, torch.device("cpu"))
-    images, labels = batch(batch_size, trainer.device)
+    images, labels = batch(256, trainer.device)
     trainer.step(images, labels)
     seconds = (ctypes.c_double * len(names)).in_dll(fused.library(), "part_seconds")
     before = list(seconds)

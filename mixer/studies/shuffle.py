@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mixer import data as fashion_mnist
-from mixer.data import Data, DataError, idx_file
+from mixer.data import TENSORS, Data, DataError, idx_file
 from mixer.download import SHA256
 from mixer.system.files import write_whole
 
@@ -39,7 +39,7 @@ def shuffle_squares(images: Tensor, side: int) -> Tensor:
 
 def write(data: Data, folder: Path) -> None:
     """Write ``data`` in the format of ``data.load_folder``. Raises OSError."""
-    for name, field in zip(SHA256, ("train_images", "train_labels", "test_images", "test_labels"), strict=True):
+    for name, field in zip(SHA256, TENSORS, strict=True):
         write_whole(folder / name, idx_file(getattr(data, field)))
 
 

@@ -73,19 +73,10 @@ def by_itself(device: torch.device) -> Iterator[None]:
         yield
 
 
+_IMPORTED_BY = os.getpid()
+
+
 def threads_after_fork() -> None:
     """Use one thread in a forked process: GNU OpenMP's do not survive a fork, and waiting for them would never end."""
-    if _forked:
+    if os.getpid() != _IMPORTED_BY:
         torch.set_num_threads(1)
-
-
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_note_fork)

@@ -33,20 +33,12 @@ def expand(path: Path | str) -> Path:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file completely or not at all. Raises OSError in one sentence."""
-    incoming = _incoming(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as incoming:
         with incoming.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         incoming.replace(path)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "free some space and run again" if full else "give another path"
-        raise OSError(f"{path} cannot be written ({error.strerror or error}): {advice}.") from error
-    finally:
-        _discard(incoming)
 
 
 def check_writable(path: Path) -> None:
@@ -54,14 +46,27 @@ def check_writable(path: Path) -> None:
     if os.path.lexists(path) and not path.is_file():  # a pipe would block, and a device would be replaced
         kind = "a folder" if path.is_dir() else "not a regular file"
         raise OSError(f"{path} cannot be written, because it is {kind}: give another name.")
-    incoming = _incoming(path)
+    with _beside(path) as incoming:
+        incoming.touch()
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of ``path``, and remove it at the end. Raises OSError in one sentence.
+
+    Each thread has its own, so that two writers of one file do not corrupt it.
+    """
+    incoming = path.with_name(f".{path.name}.{threading.get_native_id()}.incoming")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        incoming.open("ab").close()
+        yield incoming
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror or error}): give another path.") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space and run again" if full else "give another path"
+        raise OSError(f"{path} cannot be written ({error.strerror or error}): {advice}.") from error
     finally:
-        _discard(incoming)
+        with contextlib.suppress(OSError):
+            incoming.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -73,42 +78,34 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
-        lock = filelock.FileLock(path)
         try:
-            lock.acquire(timeout=-1 if wait else 0)
+            held = filelock.FileLock(path).acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
             yield False
             return
-        with lock:
+        with held:
             yield True
         return
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                break  # else the lock's last holder has just removed the file
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            yield False
+    while True:  # as long as the lock's last holder has just removed the file
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    continue
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                yield False
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                log.warning("%s has no file locks: do not run two trainings in it at once.", path.parent)
+            try:
+                yield True
+            finally:
+                path.unlink(missing_ok=True)
             return
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                os.close(descriptor)
-                raise
-            log.warning("%s has no file locks: do not run two trainings in it at once.", path.parent)
-            break
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-    try:
-        yield True
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 def seal(content: bytes | memoryview) -> bytes:
@@ -122,13 +119,3 @@ def unseal(content: bytes) -> bytes:
     if hashlib.sha256(content).digest() != digest:
         raise ValueError("its checksum is wrong")
     return content
-
-
-def _incoming(path: Path) -> Path:
-    """A temporary name per thread, so that two writers of one file do not corrupt it."""
-    return path.with_name(f".{path.name}.{threading.get_native_id()}.incoming")
-
-
-def _discard(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
