@@ -57,9 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fields = [field.name for field in dataclasses.fields(Config) if field.name != "seed"]
     varied = [name for name in fields if len({getattr(config, name) for config in configs}) > 1] or ["lr"]
     part = "validation" if configs[0].validation else "not validation"
+    part += " and model == ''"
     if "num_epochs" not in varied:
         part += f" and num_epochs == {configs[0].num_epochs}"
-    print(_table(records), _AFTERWARDS.format(results=str(results), part=part, varied=varied), sep="\n\n")
+    _print(f"{_table(records)}\n\n{_AFTERWARDS.format(results=str(results), part=part, varied=varied)}", results)
+
+
+def _print(text: str, results: Path) -> None:
+    """Print to stdout, whose failures must not look like those of the grid."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (else Python would try again on exit)
+        if not isinstance(error, BrokenPipeError):
+            sys.exit(f"The table cannot be printed ({error.strerror}); all records are in {results}.")
 
 
 _AFTERWARDS = """The records are in {results}. To draw them, in Python:
@@ -84,11 +97,12 @@ def _parser() -> argparse.ArgumentParser:
         kind, shown = _reader(field)
         option, destination, values = VARIED.get(field.name, (f"--{field.name.replace('_', '-')}", field.name, [shown]))
         meaning = f"{MEANINGS[field.name]} ({' '.join(map(str, values))})"
-        add[field.metadata["group"]](option, dest=destination, type=kind, nargs="+", metavar="X", help=meaning)
+        reading = {"type": kind, "nargs": "+", "action": "extend", "metavar": "X", "help": meaning}
+        add[field.metadata["group"]](option, dest=destination, **reading)
     add["grid"]("--recipe", choices=list(RECIPES), help="a named config for all options not given here")
     add["data"]("--data", type=Path, metavar="DIR", help="a folder with four IDX files of grey images (Fashion-MNIST)")
     how = parser.add_argument_group("where and how").add_argument
-    how("--results", type=Path, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
+    how("--results", type=_folder, default=RESULTS, metavar="DIR", help="folder of the records (results/)")
     how("--device", help="cuda, mps or cpu (the first available)")
     how("--precision", choices=["bfloat16", "float32"], help="training precision (bfloat16 where the hardware has it)")
     # mixer.studies.bench shows that one run per core is faster than one run on all cores.
@@ -106,6 +120,12 @@ def _reader(field: dataclasses.Field) -> tuple[Callable[[str], Any], str]:
     if default is None:
         return int, "all"
     return type(default), str(default) or "none"
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return Path(text)
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import io
 import json
+from collections.abc import Sequence
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,11 @@ def resume(run: Any, path: Path) -> None:
     """Restore a run from its checkpoint; if that cannot be used, a log line says why."""
     try:
         state = torch.load(io.BytesIO(unseal(path.read_bytes())), map_location=run.device, weights_only=True)
-        if state["key"] != key(run):
+        others = differences(run.fingerprint, state["fingerprint"], run.config)
+        if state["key"] != key(run) or (others and ("model" not in run.brought or others != ["weights"])):
             raise ValueError("it was made with different code, data, settings, device or precision")
+        if _layout(run.model.state_dict(), run.optimisers) != _layout(state["model"], state["optimisers"]):
+            raise ValueError("the model or the optimiser has other parts")
     except FileNotFoundError:
         return
     except Exception as error:  # a damaged or foreign file can make torch.load raise anything
@@ -58,8 +62,7 @@ def resume(run: Any, path: Path) -> None:
         run.average.load_state_dict(state["average"])
     for optimiser, saved in zip(run.optimisers, state["optimisers"], strict=True):
         optimiser.load_state_dict(saved)
-    others = differences(run.fingerprint, state["fingerprint"], run.config)
-    if "weights" in others:  # of a custom model
+    if others:
         log.warning("The checkpoint %s is of a run with other initial weights: that run resumes.", path)
     run.history, run.diverged, run.fingerprint = state["history"], state["diverged"], state["fingerprint"]
     if run.finished:
@@ -70,6 +73,13 @@ def resume(run: Any, path: Path) -> None:
         run.earlier.append({"epochs": run.epoch} | last)
 
 
+def _layout(weights: dict[str, Any], optimisers: Sequence[Any]) -> tuple[list, list]:
+    """Names and shapes of a model's tensors, and the sizes of the groups of optimisers or of their states."""
+    groups = [each["param_groups"] if isinstance(each, dict) else each.param_groups for each in optimisers]
+    sizes = [[len(group["params"]) for group in several] for several in groups]
+    return [(name, getattr(value, "shape", None)) for name, value in weights.items()], sizes
+
+
 def key(run: Any) -> str:
     """Collect what a run computes. Another processor, path or number of threads rounds otherwise and goes on with it.
 
@@ -77,7 +87,6 @@ def key(run: Any) -> str:
     """
     decisive = ["torch", "precision", "data_sha256", "pixel_mean", "pixel_std", "teacher_sha256"]
     values = {name: run.environment.get(name) for name in decisive} | run.brought | {"kind": run.device.type}
-    values |= {name: f"{number:.6g}" for name, number in run.fingerprint.items() if name != "weights"}
     return json.dumps([dataclasses.asdict(run.config), values])
 
 

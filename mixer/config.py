@@ -98,7 +98,7 @@ class Config:
     def __post_init__(self) -> None:
         self._keep("lr", _real, lambda lr: 0 < lr < math.inf, "a positive number like 0.01")
         for name in ("batch_size", "num_epochs", "num_blocks", "num_channels", "patches_mlp_dim", "channels_mlp_dim"):
-            self._keep(name, _whole, lambda n: n > 0, "a whole number above 0")
+            self._keep(name, _whole, lambda n: 0 < n < 2**31, "a whole number above 0")
         self._keep("seed", _whole, lambda seed: 0 <= seed < 2**32, "a whole number from 0 to 2**32 - 1")
         if self.limit is not None:
             self._keep("limit", _whole, lambda n: n > 0, "None or a whole number above 0")
@@ -225,7 +225,7 @@ def grid(
     check_names("grid", others, [*_LISTS.values(), "recipe", *(_DEFAULTS.keys() - _LISTS.keys())])
     if isinstance(seeds, Real):
         raise ValueError(f"seeds is {seeds!r}, but it has to be a list of seeds: range({seeds!r}), or [{seeds!r}]")
-    if recipe is not None and recipe not in RECIPES:
+    if recipe is not None and recipe not in list(RECIPES):
         raise ValueError(f"recipe is {recipe!r}, but it has to be one of {', '.join(RECIPES)}")
     lists = {"seed": seeds, "lr": LRS, "dropout_p": DROPOUTS, "batch_size": BATCH_SIZES}
     if recipe is not None:

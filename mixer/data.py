@@ -3,6 +3,7 @@
 Images are indexed and normalised one batch at a time. ``python -m mixer.data`` downloads Fashion-MNIST.
 """
 
+import math
 import sys
 import warnings
 from collections.abc import Iterator
@@ -59,9 +60,18 @@ class Data:
         train, test = tuple(self.train_images.shape[1:]), tuple(self.test_images.shape[1:])
         if train != test:
             raise ValueError(f"test_images must have the size of train_images, {train}, not {test}")
-        if self.pixel_mean is None or self.pixel_std is None:
-            for field, value in zip(("pixel_mean", "pixel_std"), _pixel_statistics(self.train_images), strict=True):
-                object.__setattr__(self, field, value)
+        object.__setattr__(self, "name", str(self.name))
+        given = self.pixel_mean, self.pixel_std
+        measured = _pixel_statistics(self.train_images) if any(value is None for value in given) else given
+        for field, value, own in zip(("pixel_mean", "pixel_std"), given, measured, strict=True):
+            try:
+                number = float(own if value is None else value)
+            except (TypeError, ValueError, RuntimeError):
+                number = math.nan
+            if not math.isfinite(number) or (field == "pixel_std" and number <= 0):
+                kind = "a number above 0" if field == "pixel_std" else "a number"
+                raise ValueError(f"{field} is {value!r:.100}, but it has to be {kind}")
+            object.__setattr__(self, field, number)
 
     @classmethod
     def from_torchvision(cls, train: torch.utils.data.Dataset, test: torch.utils.data.Dataset) -> "Data":

@@ -79,8 +79,10 @@ def try_out(run: Any) -> Fingerprint:
 def differences(one: Fingerprint, other: Fingerprint, config: Config) -> list[str]:
     """Name the numbers in which two fingerprints of the same config differ. Early records have fewer of them."""
     tolerances = TOLERANCES | (MUON if config.optimiser == "muon" else {})
-    shared = [name for name in tolerances if name in one and name in other]
-    return [name for name in shared if not math.isclose(one[name], other[name], rel_tol=tolerances[name])]
+    pairs = {name: (one.get(name, 0), other.get(name, 0)) for name in tolerances}
+    for name in {"accuracy", "schedule"} - (one.keys() & other.keys()):
+        del pairs[name]
+    return [name for name, pair in pairs.items() if not math.isclose(*pair, rel_tol=tolerances[name])]
 
 
 def _accuracy(run: Any) -> float:

@@ -3,7 +3,6 @@
 The coursework states neither; ours is Adam with PyTorch's defaults, at a constant learning rate.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +13,8 @@ from mixer.config import Config
 from mixer.model import MlpMixer
 
 
-def optimisers(config: Config, model: nn.Module) -> list[Optimizer]:
-    """Return the optimisers that together train all parameters of ``model``.
+def optimisers(config: Config, model: nn.Module, image: Sequence[int]) -> list[Optimizer]:
+    """Return the optimisers that together train all parameters of ``model``. ``image``: height and width.
 
     "muon" is Muon (Jordan et al. 2024) for the matrices in the blocks, and AdamW with 0.15 of its learning rate for the
     rest. The blocks of a convolutional network have no matrices, so AdamW trains all of it.
@@ -25,7 +24,8 @@ def optimisers(config: Config, model: nn.Module) -> list[Optimizer]:
         if not isinstance(model, MlpMixer):
             raise ValueError(f"shared_filters need an MlpMixer, not a {type(model).__name__}: set it to 0")
         into, out = ([getattr(block, name).weight for block in model.blocks] for name in ("patches_in", "patches_out"))
-        several.append(SharedFilters(into, out, config.shared_filters, several[-1].defaults["lr"]))
+        grid = [side // patch for side, patch in zip(image, model.patch_size, strict=True)]
+        several.append(SharedFilters(into, out, grid, config.shared_filters, several[-1].defaults["lr"]))
     return several
 
 
@@ -74,12 +74,13 @@ class SharedFilters(AdamW):
     The gradient of a filter's weight is the sum over all patches. Its step is added to the matrix where the filter
     stands, so the network is an ordinary mixer at all times. Another optimiser trains the free matrices.
 
-    into, out: the matrices to the hidden units (H, S) and back (S, H). side: of the filters, in patches.
+    into, out: the matrices to the hidden units (H, S) and back (S, H). grid: rows and columns of patches. side: of the
+    filters, in patches.
     """
 
-    def __init__(self, into: Sequence[Tensor], out: Sequence[Tensor], side: int, lr: float):
+    def __init__(self, into: Sequence[Tensor], out: Sequence[Tensor], grid: Sequence[int], side: int, lr: float):
         self.matrices = [(matrix, _same) for matrix in into] + [(matrix, torch.t) for matrix in out]
-        self.places = [_places(*turn(matrix).shape, side).to(matrix.device) for matrix, turn in self.matrices]
+        self.places = [_places(len(turn(matrix)), grid, side).to(matrix.device) for matrix, turn in self.matrices]
         # What the filters themselves are does not matter, since they are merged: only their steps do.
         zeros = [matrix.new_zeros(len(places)) for (matrix, _), places in zip(self.matrices, self.places, strict=True)]
         super().__init__(zeros, lr=lr, weight_decay=0.0)
@@ -102,15 +103,16 @@ def _same(matrix: Tensor) -> Tensor:
     return matrix
 
 
-def _places(units: int, patches: int, side: int) -> Tensor:
+def _places(units: int, grid: Sequence[int], side: int) -> Tensor:
     """Where each weight of each filter stands in the flat (H, S) matrix: (weights, S). H · S: beside the image."""
-    width, reach = math.isqrt(patches), side // 2
-    if width**2 != patches or units < patches:
-        wanted = "a square of patches, and at least as many hidden units in token mixing"
-        raise ValueError(f"shared_filters need {wanted}, not {patches} patches and {units} units")
+    (height, width), reach = grid, side // 2
+    patches = height * width
+    if units < patches:
+        wanted = "at least as many hidden units in token mixing as patches"
+        raise ValueError(f"shared_filters need {wanted}, not {units} units for {patches} patches")
     unit = torch.arange(units // patches * patches).view(-1, 1, patches)  # (F, 1, S)
     down, right = torch.meshgrid(*2 * [torch.arange(-reach, reach + 1)], indexing="ij")
     row = torch.arange(patches) // width + down.reshape(1, -1, 1)
     column = torch.arange(patches) % width + right.reshape(1, -1, 1)
-    inside = (row >= 0) & (row < width) & (column >= 0) & (column < width)
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     return torch.where(inside, unit * patches + row * width + column, units * patches).flatten(0, 1)

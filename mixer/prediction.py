@@ -65,7 +65,7 @@ def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False
         of_clothing, in_colour = origin["data"].startswith("Fashion-MNIST"), model.in_channels == 3
         image = prepare(open_picture(picture), origin["image"], of_clothing and not in_colour, in_colour)
         inputs = normalise(torch.from_numpy(image)[None], origin["pixel_mean"], origin["pixel_std"])
-        probabilities = model(inputs).softmax(dim=1)[0].numpy()
+        probabilities = model(inputs.float()).softmax(dim=1)[0].numpy()
     names = CLASSES if of_clothing and model.num_classes == len(CLASSES) else range(model.num_classes)
     answer = pd.Series(probabilities, index=names, name="probability").sort_values(ascending=False, kind="stable")
     if show:
@@ -109,6 +109,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
             **{k: v for k, v in origin.get("settings", origin.get("config", {})).items() if k in WITHOUT_TRACE},
         )
         model.load_state_dict(state)
+        model = model.float()  # PyTorch's default dtype may have been changed
         origin |= {"data": str(origin["data"]), "image": tuple(origin["image"])[-2:]}
         origin |= {name: float(origin[name]) for name in ("pixel_mean", "pixel_std")}
         fits = count_patches(origin["image"], model.patch_size) == patches and origin["pixel_std"] > 0
@@ -133,7 +134,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
 def answers(model: nn.Module, image: Sequence[int]) -> Tensor:
     """Logits (2, num_classes) for noise of this shape (H, W) or (3, H, W), by which a weights file knows its model."""
     shape = 2, getattr(model, "in_channels", 3 if len(image) == 3 else 1), *image[-2:]
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return model.eval()(noise.to(next(model.parameters()).device)).float().cpu()
 
 
@@ -176,7 +177,7 @@ def _from_array(values: np.ndarray) -> Image.Image:
         values = values[0] if len(values) == 1 else values[..., 0]
     if values.ndim == 3 and values.shape[2] not in (3, 4):
         values = np.moveaxis(values, 0, 2)
-    if values.dtype.kind not in "buif" or not np.isfinite(values).all():
+    if values.ndim < 2 or values.dtype.kind not in "buif" or not np.isfinite(values).all():
         raise ValueError
     low, high = min(0.0, float(values.min())), float(values.max())
     if values.dtype.kind in "bf" or low < 0 or high > 255:

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import re
@@ -59,13 +60,21 @@ def read_record(path: Path | str) -> Record:
         config = Config.from_record(record["config"])
         record["config"] = dataclasses.asdict(config)
         if record["format"] != RECORD_FORMAT:
-            raise ValueError(f"its format is {record['format']}, not {RECORD_FORMAT}")
-        if path.name != f"{config.name}.json" and not record.keys() & {"model", "optimiser"}:
+            raise ValueError(f"its format is {record['format']!r}, not {RECORD_FORMAT}")
+        if path.name != f"{config.name}.json" and not brought(record):
             raise ValueError(f"according to its config it should be named {config.name}.json")
         epochs = record["diverged"]["epoch"] - 1 if record["diverged"] else config.num_epochs
+        if record["diverged"] and not isinstance(record["diverged"]["step"], int):
+            raise ValueError("it does not say at which step it diverged")
         numbers = [[float(epoch[name]) for name in MEASURED] for epoch in record["history"]]
         if [epoch for epoch, *_ in numbers] != [*range(1, epochs + 1)]:
             raise ValueError(f"its epochs are not those from 1 to {epochs}")
+        if wrong := [x for epoch in record["history"] for x in map(epoch.get, MEASURED) if not _number(x)]:
+            raise ValueError(f"{wrong[0]!r} is not a number")
+        if not all(0 <= epoch[name] <= 1 for epoch in record["history"] for name in MEASURED if "accuracy" in name):
+            raise ValueError("an accuracy is not between 0 and 1")
+        if not all(map(_number, record.get("fingerprint", {"none": 0.0}).values())):
+            raise ValueError("its fingerprint does not consist of numbers")
         environment = record["environment"]
         environment["path"] = _OLD_PATHS.get(environment["path"], environment["path"])
         return record
@@ -80,6 +89,10 @@ def read_record(path: Path | str) -> Record:
     raise RecordError(
         f"{path} is not a record of a finished run ({reason}): remove it or restore it with git."
     ) from None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _OLD_PATHS = {"plain": "eager", "replayed": "graphs"}
@@ -99,9 +112,13 @@ def histories(records: Iterable[Record] | Record) -> pd.DataFrame:
     records = [records] if isinstance(records, dict) else records
     rows = []
     for record in records:
-        brought = {"model": ""} | {name: record[name] for name in ("model", "optimiser") if name in record}
-        rows += [record["config"] | brought | epoch for epoch in record["history"]]
+        rows += [record["config"] | {"model": ""} | brought(record) | epoch for epoch in record["history"]]
     return pd.DataFrame(rows, columns=[*(field.name for field in dataclasses.fields(Config)), "model", *MEASURED])
+
+
+def brought(record: Record) -> dict[str, str]:
+    """What was given to ``train`` in place of the config's: model and optimiser."""
+    return {name: record[name] for name in ("model", "optimiser") if name in record}
 
 
 def best_epoch(record: Record) -> dict[str, float]:
@@ -119,7 +136,7 @@ def coursework(records: Iterable[Record], seed: int = 0) -> list[Record]:
 
     Raises RecordError if no training has all eight.
     """
-    found = {Config(**record["config"]): record for record in records}
+    found = {Config(**record["config"]): record for record in records if not brought(record)}
     for num_epochs in sorted({config.num_epochs for config in found}, reverse=True):
         configs = grid(num_epochs=num_epochs, seeds=[seed])
         if all(config in found for config in configs):

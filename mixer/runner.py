@@ -21,7 +21,7 @@ from mixer.checkpoint import last_weights
 from mixer.config import Config, check_configs
 from mixer.download import SHA256, data_folder
 from mixer.fingerprint import FASHION_MNIST, Fingerprint, Kind, differences, trial
-from mixer.records import RESULTS, Record, RecordError, read_record, record_path, weights_path, write_record
+from mixer.records import RESULTS, Record, RecordError, brought, read_record, record_path, weights_path, write_record
 from mixer.system.files import check_writable, expand, locked
 from mixer.system.processes import position, worker_pool
 from mixer.system.progress import Turn
@@ -70,6 +70,8 @@ def run_grid(
     """
     if not isinstance(data, Path | str | None):
         raise TypeError("run_grid takes the folder of a data set; only train() takes Data, one run at a time.")
+    if executor is not None and (isinstance(executor, type) or not hasattr(executor, "submit")):
+        raise TypeError(f"executor is {executor!r:.100}, but it has to be an Executor, like ThreadPoolExecutor(2)")
     if not isinstance(jobs, Integral) or jobs < 1:
         raise ValueError(f"jobs is {jobs!r}, but it has to be a whole number above 0")
     results = expand(results)
@@ -222,7 +224,7 @@ def check_code(records: Iterable[Record]) -> None:
 
     Takes a second: it compares a few records that cover every option, and all of them only if one of those differs.
     """
-    own = [record for record in records if not record.keys() & {"model", "optimiser"}]
+    own = [record for record in records if not brought(record)]
     seen, few = set(), []
     for record in own:
         config, _ = trial(_config(record), FASHION_MNIST)
@@ -255,12 +257,12 @@ def _check_as_asked_for(
 ) -> None:
     """Raise RecordError if the record has another config, device, precision, data set or teacher than requested."""
     environment = record["environment"]
-    kind = environment["device"].partition(":")[0]
+    kind = str(environment.get("device")).partition(":")[0]
     made = {
         "config": _config(record).name,
         "device": kind if kind in ("cpu", "mps") else "cuda",
-        "precision": environment["precision"],
-        "data": environment["data_sha256"],
+        "precision": environment.get("precision"),
+        "data": environment.get("data_sha256"),
     }
     wanted = made | {"config": config.name}
     if config.teacher and (teacher := teacher_weights(config.teacher)).exists():
@@ -270,7 +272,7 @@ def _check_as_asked_for(
         wanted["device"] = str(device).partition(":")[0]
     if precision is not None:
         wanted["precision"] = precision
-    wanted["data"] = _sha256_of_part(config.limit, config.validation, data)
+    wanted["data"] = _sha256_of_part(config.limit, config.validation, data, _version(data))
     others = [name for name in made if made[name] != wanted[name]]
     if others:
         raise RecordError(
@@ -279,9 +281,15 @@ def _check_as_asked_for(
         )
 
 
+def _version(folder: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a folder's files, which change when a file is corrected."""
+    files = [] if folder is None else sorted(folder.iterdir())
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
+
+
 @functools.cache
-def _sha256_of_part(limit: int | None, validation: bool, folder: Path | None) -> dict[str, str]:
-    """SHA-256 of the part of a data set that a run uses."""
+def _sha256_of_part(limit: int | None, validation: bool, folder: Path | None, version: tuple) -> dict[str, str]:
+    """SHA-256 of the part of a data set that a run uses. ``version``: of the folder, for the cache only."""
     if folder is None and limit is None and not validation and not (data_folder() / "FashionMNIST").exists():
         return SHA256  # records can be read without the data set
     data = fashion_mnist.load() if folder is None else fashion_mnist.load_folder(folder)

@@ -94,12 +94,16 @@ def train(
         if not isinstance(given, kind | None):
             what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
             raise TypeError(f"{name} is {what}, but it has to be {advice}")
+    if model is not None and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no parameter that requires a gradient, so there is nothing to train")
     threads_after_fork()
     if torch.get_default_dtype() != torch.float32:
         raise ValueError("PyTorch's default dtype was changed: torch.set_default_dtype(torch.float32) before training")
     device = find_device(device)
     precision = find_precision(device, precision)
     checkpoint, weights = (path if path is None else expand(path) for path in (checkpoint, weights))
+    if checkpoint is not None and checkpoint == weights:
+        raise ValueError(f"checkpoint and weights are both {weights}: give two files")
     for file in filter(None, (checkpoint, weights, weights and last_weights(weights))):
         check_writable(file)
     with by_itself(device):
@@ -182,7 +186,7 @@ class Run:
             self.brought["model"] = f"{type(model).__module__}.{type(model).__qualname__}, {count:,} parameters"
         self.model = (build_network(config, data, self.generator) if model is None else model).to(device)
         if optimiser is None:
-            self.optimisers = optimisers(config, self.model)
+            self.optimisers = optimisers(config, self.model, data.train_images.shape[-2:])
         elif not callable(optimiser):
             raise ValueError("optimiser has to be a function, like lambda parameters: SGD(parameters, lr=0.1)")
         else:
@@ -388,9 +392,9 @@ def fingerprint_of(
     loss = soft_targets if config.teacher else None
     try:
         cpu, model = torch.device("cpu"), copy.deepcopy(model).cpu() if model is not None else None
-    except RuntimeError as error:  # a pruned model, for instance
-        reason = str(error).partition(".")[0]
-        raise ValueError(f"the model cannot be copied by copy.deepcopy, which training needs: {reason}") from None
+    except (RuntimeError, TypeError) as error:
+        hint = "keep no computed tensors in it (activations, pruned weights) and no open files"
+        raise ValueError(f"the model cannot be copied ({str(error).partition('.')[0]}): {hint}") from None
     with fused.threads_for_the_operator():  # one thread: more are slower on so little work
         return try_out(Run(config, cpu, "float32", noise, model, optimiser, loss, eager=True))
 

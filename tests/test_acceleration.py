@@ -153,6 +153,12 @@ def test_leaves_the_model_and_the_generators_unchanged(forward, monkeypatch):
     assert [id(parameter.grad) for parameter in model.parameters()] == list(map(id, gradients))
 
 
+def test_leaves_the_gradient_of_the_images_alone():
+    images = IMAGES.clone().requires_grad_()
+    accelerate(mixer(), images)
+    assert images.grad is None
+
+
 def test_trains_an_edited_forward(few, monkeypatch):
     monkeypatch.setattr(MixerBlock, "forward", written(F.relu))
     record = train(SHORT, data=few, **RUN)

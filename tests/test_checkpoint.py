@@ -20,9 +20,11 @@ from test_training import SHORT, TINY, nesterov, network, run, timeless
 from torch import nn
 
 from mixer import data as fashion_mnist
+from mixer.baselines import networks
 from mixer.checkpoint import key, last_weights
 from mixer.config import Config
 from mixer.kernels import fused
+from mixer.model import MlpMixer
 from mixer.prediction import load_with_origin
 from mixer.records import best_epoch
 from mixer.training import Interrupted, Run
@@ -129,7 +131,9 @@ def test_resumes_a_custom_model_but_no_other_one(few, tmp_path, trained, caplog,
     torch.manual_seed(0)
     run(few, model=network(dropout), **options)
     assert trained == [3] and caplog.records.pop().getMessage().endswith("of a finished run: nothing is trained.")
-    for other in ({"model": network(nn.Tanh())}, {"optimiser": torch.optim.Adam}):
+    renamed = network(dropout)
+    renamed.register_buffer("seen", torch.zeros(1))  # computes the same
+    for other in ({"model": renamed}, {"model": network(nn.Tanh())}, {"optimiser": torch.optim.Adam}):
         run(few, **{"model": network(dropout)} | options | other)
         assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts from the beginning.")
 
@@ -163,6 +167,12 @@ def test_checkpoint_of_another_run_restarts_this_one(few, checkpoint, caplog, tr
     assert trained == [1, 2, 3] and "\n" not in message
     assert "made with different code, data, settings" in message
     assert timeless(record)["history"] == timeless(run(few, other))["history"]
+
+
+def test_an_edit_of_the_initialisation_restarts_a_run(few, checkpoint, trained, monkeypatch):
+    monkeypatch.setattr(networks, "MlpMixer", lambda **settings: MlpMixer(**settings | {"initialisation": "pytorch"}))
+    run(few, checkpoint=checkpoint)
+    assert trained == [1, 2, 3]
 
 
 def test_checkpoint_depends_on_data_and_precision(few):

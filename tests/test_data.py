@@ -104,6 +104,15 @@ def test_rejects_tensors_that_do_not_fit(field, value, sentence):
         own_data(**{field: value})
 
 
+def test_takes_pixel_statistics_of_any_number_type():
+    own = own_data(pixel_mean=torch.tensor(0.25), pixel_std=np.float32(0.5))
+    assert (own.pixel_mean, own.pixel_std) == (0.25, 0.5) and type(own.pixel_mean) is type(own.pixel_std) is float
+    assert own_data(pixel_mean=0.5).pixel_mean == 0.5 and own_data(pixel_mean=0.5).pixel_std == own_data().pixel_std
+    for wrong in (0.0, -1, torch.nan, "b", torch.ones(2)):
+        with pytest.raises(ValueError, match=r"^pixel_std is .*, but it has to be a number above 0$"):
+            own_data(pixel_std=wrong)
+
+
 def test_validation_split_holds_out_a_twelfth_of_each_class():
     own = own_data(train=180)
     split = validation_split(own)

@@ -74,10 +74,21 @@ def test_help_puts_every_field_in_a_group(capsys):
     assert sum(map(len, options.values())) == len(dataclasses.fields(Config)) + 6
 
 
+def test_a_repeated_option_adds_values_and_a_closed_pipe_ends_quietly(tmp_path):
+    options = f"{TINY} --lr 0.02 --num-epochs 1 --limit 60 --jobs 1 --device cpu --results {tmp_path}"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        command = [sys.executable, "-m", "mixer", *options.split()]
+        done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert len(read_records(tmp_path)) == 2 and "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ("--dropout 1.5", "dropout_p is 1.5, but it has to be a number from 0.0 to below 1"),
+        ("--results=", "--results: the name of the folder is empty"),
         ("--jobs 0", "jobs is 0, but it has to be a whole number above 0"),
         ("--patch-size 4x", "--patch-size: give one size or two, like 4 or 4x4, not '4x'"),
         ("--patch-size 4,4", "not '4,4'"),

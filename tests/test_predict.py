@@ -142,6 +142,7 @@ NO_NUMBERS = np.full((40, 40), np.nan, np.float32)
 NO_PICTURES = [
     *((name, f"There is no picture {name}") for name in ("nowhere.png", "~/nowhere.png")),
     *((given, f"of type {type(given).__name__} cannot be read as a picture") for given in (7, 5000 * [7], bytes(5000))),
+    (np.array(5), r"shape \(\) cannot be read as a picture"),
     (torch.zeros(2, 2, 2, 2), r"shape \(2, 2, 2, 2\) cannot be read as a picture"),
     *((array, "cannot be read as a picture") for array in (np.zeros((0, 3)), NO_NUMBERS, np.array([["a"]]))),
     *((given, "cannot be read as a picture") for given in (__file__, file_of(Image.fromarray(NO_NUMBERS), "tiff"))),
@@ -170,6 +171,15 @@ def test_reads_a_models_sizes_from_its_weights(tmp_path):
     inputs = normalise(torch.from_numpy(prepared(picture, (32, 32), False))[None], 0.2, 0.4)
     assert np.allclose(probabilities, model(inputs).softmax(dim=1)[0].detach(), atol=1e-6)
     assert list(probabilities.index) == [0, 1, 2]
+
+
+def test_classifies_under_another_default_dtype(boot):
+    usual = classify(boot)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert np.allclose(classify(boot), usual)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 class Tanh(MlpMixer):

@@ -54,19 +54,20 @@ def test_every_optimiser_trains_every_parameter_at_the_schedules_rate(few, optim
 
 
 def test_shared_filters_train_a_convolution_beside_each_matrix():
-    """The steps equal those of W + unrolled(filters) by autograd, on a 5 × 5 grid of patches, in float64."""
-    generator, (units, patches) = torch.Generator().manual_seed(0), (53, 25)
+    """The steps equal those of W + unrolled(filters) by autograd, on a 4 × 7 grid of patches, in float64."""
+    generator, (units, patches) = torch.Generator().manual_seed(0), (59, 28)
     into, out = (torch.randn(shape, generator=generator).double() for shape in [(units, patches), (patches, units)])
     x = torch.randn(7, patches, generator=generator).double()
     filters = [torch.zeros(units // patches, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
 
     def unrolled(weights):
-        image = torch.eye(patches, dtype=torch.float64).view(patches, 1, 5, 5)  # a pixel each
+        image = torch.eye(patches, dtype=torch.float64).view(patches, 1, 4, 7)  # a pixel each
         answers = F.conv2d(image, weights[:, None], padding=1).flatten(1).T  # (units, patches)
         return F.pad(answers, (0, 0, 0, units % patches))
 
     merged = [matrix.clone().requires_grad_() for matrix in (into, out)]
-    mine, plain = SharedFilters(merged[:1], merged[1:], 3, lr=0.1), torch.optim.AdamW(filters, lr=0.1, weight_decay=0.0)
+    mine = SharedFilters(merged[:1], merged[1:], (4, 7), 3, lr=0.1)
+    plain = torch.optim.AdamW(filters, lr=0.1, weight_decay=0.0)
     for _ in range(3):
         beside = into + unrolled(filters[0]), out + unrolled(filters[1]).T
         for optimiser, (first, second) in ((plain, beside), (mine, merged)):
@@ -78,9 +79,9 @@ def test_shared_filters_train_a_convolution_beside_each_matrix():
     torch.testing.assert_close(merged[1].detach(), out + unrolled(filters[1]).detach().T)
 
 
-def test_shared_filters_need_a_mixer_with_a_square_of_patches(few):
-    with pytest.raises(ValueError, match=r"a square of patches, .* not 28 patches and 64 units"):
-        started(few, shared_filters=3, patch_size=(7, 4))
+def test_shared_filters_need_a_mixer_with_a_hidden_unit_for_each_patch(few):
+    with pytest.raises(ValueError, match="hidden units in token mixing as patches, not 20 units for 49 patches"):
+        started(few, shared_filters=3, patches_mlp_dim=20)
     with pytest.raises(ValueError, match="shared_filters applies to network='mixer' only"):
         Config(network="conv", shared_filters=3)
 

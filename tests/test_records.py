@@ -66,6 +66,12 @@ WRONG = {
     "epochs out of order": (record(history=record()["history"][::-1]), "its epochs are not those from 1 to 2"),
     "an incomplete epoch": (record(history=[{"epoch": 1}]), "'train_loss' is missing"),
     "a word for a number": (record(history=[{"epoch": 1} | EPOCH | {"test_loss": "much"}]), "much"),
+    "an accuracy in per cent": (
+        record(history=[{"epoch": n} | EPOCH | {"test_accuracy": 89.0} for n in (1, 2)]),
+        "0 and 1",
+    ),
+    "no step": (record(diverged={"epoch": 3}), "'step' is missing"),
+    "words in its fingerprint": (record() | {"fingerprint": {"loss": "low"}}, "does not consist of numbers"),
     "no environment": (record(environment=[]), ""),
 }
 

@@ -167,6 +167,16 @@ def test_rejects_a_record_of_different_code(run, tmp_path):
     assert read_records(tmp_path) == [other]
 
 
+def test_notices_that_a_data_set_was_corrected(run, tmp_path):
+    folder = write_data(tmp_path / "own", seed=0)
+    run(TWO[:1], tmp_path / "results", data=folder)
+    labels = folder / "train-labels-idx1-ubyte"
+    labels.write_bytes(fashion_mnist.idx_file(torch.arange(60) % 2))
+    with pytest.raises(GridError, match=r"differs from what was requested \(data\)"):
+        run(TWO[:1], tmp_path / "results", data=folder)
+    run(TWO[1:], tmp_path / "results", data=folder)
+
+
 EDITS = {
     "schedule": (training, "schedule", lambda name, done, first: (1 - done) ** 2),
     "accuracy": (training.Run, "evaluate", lambda run, on_test=None: (1.0, 0.9)),

@@ -1,6 +1,8 @@
 """Training gives the same record every time, whatever surrounds it, also with a custom model and optimiser."""
 
 import copy
+import errno
+import io
 import json
 import multiprocessing
 import os
@@ -303,7 +305,7 @@ def test_loss_and_ties_of_bfloat16_logits_are_computed_in_float32(few):
 # Rejected before training
 
 
-def test_rejects_arguments_in_one_sentence(few):
+def test_rejects_arguments_in_one_sentence(few, tmp_path):
     with pytest.raises(ValueError, match=r"limit is 301.*300"):
         run(few, replace(SHORT, limit=301))
     for size in ((32, 32), (4, 29), (5, 4)):
@@ -318,8 +320,12 @@ def test_rejects_arguments_in_one_sentence(few):
     with pytest.raises(ValueError, match="LBFGS needs a closure"):
         run(few, model=network(), optimiser=torch.optim.LBFGS)
     prune.l1_unstructured((pruned := network())[1], "weight", 0.5)
-    with pytest.raises(ValueError, match=r"cannot be copied by copy\.deepcopy, which training needs: Only Tensors"):
+    with pytest.raises(ValueError, match=r"the model cannot be copied .*: keep no computed tensors in it"):
         run(few, TINY, model=pruned)
+    with pytest.raises(ValueError, match="no parameter that requires a gradient"):
+        run(few, model=network().requires_grad_(False))
+    with pytest.raises(ValueError, match=r"checkpoint and weights are both .*same: give two files"):
+        run(few, checkpoint=tmp_path / "same", weights=str(tmp_path / "same"))
     pair = nn.Sequential(nn.Flatten(), nn.LSTM(784, 10))
     for model, found in ((nn.Linear(28, 10), r"\(2, 1, 28, 10\)"), (pair, "tuple")):
         with pytest.raises(ValueError, match=rf"has to return logits of shape \(2, 10\), not {found}"):
@@ -366,6 +372,15 @@ def test_chooses_bfloat16_only_if_the_operator_has_it(few, monkeypatch):
     monkeypatch.setattr(fused, "available", lambda bfloat16=False: not bfloat16)
     found = [run(few, TINY, precision=precision)["environment"] for precision in (None, "bfloat16")]
     assert [(each["precision"], each["path"]) for each in found] == [("float32", "fused"), ("bfloat16", "eager")]
+
+
+def test_a_failing_terminal_does_not_end_a_training(few, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert len(run(few, TINY, progress=True)["history"]) == TINY.num_epochs
 
 
 def test_progress_bar_puts_numbers_first_and_can_be_switched_off(few, capsys, monkeypatch):

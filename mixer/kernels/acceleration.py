@@ -193,7 +193,7 @@ def _compare(model: nn.Module, fast: Forward, images: Tensor) -> None:
 def _answers(model: nn.Module, forward: Forward, images: Tensor, start: States) -> list[Tensor | None]:
     """Compute the logits and all parameters' gradients, with the generators reset to ``start``."""
     _rewind(start)
-    logits = forward(images.clone())
+    logits = forward(images.detach().clone())
     (logits * torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     for parameter in model.parameters():

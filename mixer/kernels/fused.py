@@ -23,7 +23,7 @@ CHANNELS = 64  # of the residual stream, at most; as in fused.cpp
 EPS = 1e-6  # of fused.cpp's LayerNorms
 PARAMETERS = 12  # per block
 _LAYERS = ("patches_norm", "patches_in", "patches_out", "channels_norm", "channels_in", "channels_out")
-WANTED = os.environ.get("MIXER_FUSED", "1") != "0"
+WANTED = os.environ.get("MIXER_FUSED", "1").strip().lower() not in ("0", "no", "off", "false")
 
 
 def parameters_of(blocks: Sequence[nn.Module]) -> list[Tensor]:

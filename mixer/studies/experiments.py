@@ -19,7 +19,7 @@ from mixer.baselines.distillation import weights_of
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
 from mixer.data import DataError, prepare
-from mixer.records import RESULTS, Record, best, coursework, read_records, record_path, weights_path
+from mixer.records import RESULTS, Record, best, brought, coursework, read_records, record_path, weights_path
 from mixer.runner import GridError, check_code, run_grid
 from mixer.studies import gradients, label_errors, shuffle
 from mixer.system.affinity import cores
@@ -206,7 +206,7 @@ def found(folders: Iterable[str] = ()) -> dict[Config, Record]:
     """
     records = [record for folder in ("", *folders) for record in read_records(RESULTS / folder)]
     check_code(records)
-    by_config = {Config(**record["config"]): record for record in records}
+    by_config = {Config(**record["config"]): record for record in records if not brought(record)}
     for config, record in list(by_config.items()):
         for epochs in (8, 10):
             if config.schedule == "constant" and epochs <= config.num_epochs:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ def _start_workers(pool: Executor, jobs: int) -> None:
         if all(worker.exitcode != 1 for worker in workers):
             return  # one was killed, which the pool's user will notice
         advice = 'in a script, call run_grid under `if __name__ == "__main__":`, or train with jobs=1'
+        if not Path(getattr(sys.modules["__main__"], "__file__", None) or ".").exists():  # the script came by a pipe
+            advice = "save the script to a file, or train with jobs=1"
         raise OSError(f"The worker processes ended at once: {advice}.") from None
     except (OSError, AssertionError, RuntimeError) as error:
         raise OSError(f"Worker processes cannot be started ({error}): train with jobs=1.") from None

@@ -1,5 +1,6 @@
 """The progress bar of a run."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -11,6 +12,24 @@ from tqdm import tqdm
 TRAINING = 3  # times the work of testing: forward and backward instead of forward only
 # A run's number among the grid's missing runs, from 1; how many there are; how many run at a time, if known.
 Turn = tuple[int, int, int | None]
+
+
+class _Terminal:
+    """stderr, whose failures (a closed pipe, a full disk of logs) must not end a training."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+_TERMINAL = _Terminal()
 
 
 class Bar(tqdm):
@@ -30,6 +49,7 @@ class Bar(tqdm):
             total=epochs * self.work,
             initial=done * self.work,
             disable=not shown or sys.stderr is None,
+            file=_TERMINAL,
             position=position,
             smoothing=0,  # estimate the time left from all work so far
             miniters=1,
@@ -41,7 +61,7 @@ class Bar(tqdm):
         """Print how runs compute, unless this process has just printed the same."""
         if not self.disable and how != Bar.announced:
             Bar.announced = how
-            self.write(how, file=sys.stderr)
+            self.write(how, file=_TERMINAL)
 
     def trained(self, loss: Tensor, images: int) -> None:
         # Reading the loss waits for the device, so read it twice a second, not at every step.
