@@ -122,7 +122,7 @@ def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) 
         "config": dataclasses.asdict(run.config),
         **run.brought,
         "settings": {name: getattr(model, name) for name in WITHOUT_TRACE if hasattr(model, name)},
-        "answers": answers(model, image).tolist(),
+        "answers": answers(model, run.data.in_channels, *image[-2:]).tolist(),
         "image": image,
         "data_sha256": run.data.sha256,
         "pixel_mean": run.data.pixel_mean,

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import is_zipfile
@@ -122,7 +122,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
         if isinstance(error, SafetensorError) and is_zipfile(expand(weights)):
             problem = "was saved with torch.save: give a safetensors file, as train(weights=...) writes"
         raise ValueError(f"{weights!s:.200} {problem}.") from None
-    if "answers" in origin and not _close(answers(model, origin["image"]), torch.tensor(origin["answers"])):
+    if "answers" in origin and not _close(answers(model, in_channels, *origin["image"]), origin["answers"]):
         raise ValueError(
             f"{weights!s:.200} holds the weights of a model that computes something else than MlpMixer in "
             "mixer/model.py: load them into that model with safetensors.torch.load_model."
@@ -131,15 +131,15 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, image: Sequence[int]) -> Tensor:
-    """Logits (2, num_classes) for noise of this shape (H, W) or (3, H, W), by which a weights file knows its model."""
-    shape = 2, getattr(model, "in_channels", 3 if len(image) == 3 else 1), *image[-2:]
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+def answers(model: nn.Module, *shape: int) -> Tensor:
+    """Logits (2, num_classes) for noise of this shape (in_channels, H, W), by which a weights file knows its model."""
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     return model.eval()(noise.to(next(model.parameters()).device)).float().cpu()
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _close(one: Tensor, kept: list[list[float]]) -> bool:
     """Equal but for rounding, of which TensorFloat-32 has most."""
+    other = torch.tensor(kept, dtype=torch.float32)
     return one.shape == other.shape and float((one - other).abs().max()) <= 0.01 * float(other.abs().max())
 
 
