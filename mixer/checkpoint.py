@@ -3,7 +3,6 @@
 ``run`` is always a ``training.Run``.
 """
 
-import copy
 import dataclasses
 import io
 import json
@@ -111,8 +110,7 @@ def save_weights(run: Any, path: Path) -> None:
 
 def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) -> bytes:
     """Serialise the weights with their origin, which holds the model's answers on two images."""
-    model = copy.deepcopy(run.tested)
-    model.load_state_dict(weights)
+    model = run.tested
     image = list(run.data.train_images.shape[1:])
     origin = {
         "name": run.config.name,
@@ -121,8 +119,8 @@ def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) 
         "data": run.data.name,
         "config": dataclasses.asdict(run.config),
         **run.brought,
-        "settings": {name: getattr(model, name) for name in WITHOUT_TRACE if hasattr(model, name)},
-        "answers": answers(model, run.data.in_channels, *image[-2:]).tolist(),
+        "settings": {n: x for n in WITHOUT_TRACE if isinstance(x := getattr(model, n, None), bool | str)},
+        "answers": answers(model, weights, image, run.data.pixel_mean, run.data.pixel_std).tolist(),
         "image": image,
         "data_sha256": run.data.sha256,
         "pixel_mean": run.data.pixel_mean,

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import is_zipfile
@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
 from mixer.kernels.acceleration import choose
@@ -122,7 +123,9 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
         if isinstance(error, SafetensorError) and is_zipfile(expand(weights)):
             problem = "was saved with torch.save: give a safetensors file, as train(weights=...) writes"
         raise ValueError(f"{weights!s:.200} {problem}.") from None
-    if "answers" in origin and not _close(answers(model, in_channels, *origin["image"]), origin["answers"]):
+    shape = origin["image"] if in_channels == 1 else (in_channels, *origin["image"])
+    statistics = origin["pixel_mean"], origin["pixel_std"]
+    if "answers" in origin and not _close(answers(model, state, shape, *statistics), origin["answers"]):
         raise ValueError(
             f"{weights!s:.200} holds the weights of a model that computes something else than MlpMixer in "
             "mixer/model.py: load them into that model with safetensors.torch.load_model."
@@ -131,10 +134,14 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, *shape: int) -> Tensor:
-    """Logits (2, num_classes) for noise of this shape (in_channels, H, W), by which a weights file knows its model."""
-    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    return model.eval()(noise.to(next(model.parameters()).device)).float().cpu()
+def answers(model: nn.Module, weights: dict[str, Tensor], shape: Sequence[int], mean: float, std: float) -> Tensor:
+    """Logits (2, num_classes) for two noise images (H, W) or (3, H, W), by which a weights file knows its model."""
+    device = next(model.parameters()).device
+    tensors = {name: weight.to(device) for name, weight in weights.items()}
+    noise = torch.randint(256, (2, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    inputs = normalise(noise, mean, std).float()
+    logits = functional_call(model.eval(), tensors, (inputs.to(device),), tie_weights=False)
+    return logits.float().cpu()
 
 
 def _close(one: Tensor, kept: list[list[float]]) -> bool:

@@ -197,6 +197,25 @@ def test_weights_are_not_loaded_into_a_model_that_computes_something_else(tmp_pa
         classify(np.eye(28), path)
 
 
+def test_weights_of_any_model_are_written(tmp_path, few):
+    class Looked(torch.nn.Module):
+        """It takes no other inputs than images, has a layer called ``gelu``, and keeps an activation."""
+
+        def __init__(self):
+            super().__init__()
+            self.gelu, self.table = torch.nn.GELU(), torch.nn.EmbeddingBag(256, 10)
+
+        def forward(self, images):
+            pixels = (255 * (images * few.pixel_std + few.pixel_mean)).round().long()
+            self.features = self.table(pixels.flatten(1))
+            return self.gelu(self.features)
+
+    path = tmp_path / "w.safetensors"
+    train(Config(num_epochs=1, batch_size=50), data=few, model=Looked(), weights=path, **OPTIONS)
+    with pytest.raises(ValueError, match="does not hold the weights of an MlpMixer"):
+        load_model(path)
+
+
 def test_another_data_set_has_other_classes_backgrounds_and_shapes(tmp_path, few):
     images = few.train_images[:, :, :20]
     own = Data(255 - images, few.train_labels, 255 - images[:50], few.train_labels[:50], name="labels on white")
