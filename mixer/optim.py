@@ -13,13 +13,14 @@ from mixer.config import Config
 from mixer.model import MlpMixer
 
 
-def optimisers(config: Config, model: nn.Module, image: Sequence[int]) -> list[Optimizer]:
+def optimisers(config: Config, model: nn.Module, image: Sequence[int], precision: str) -> list[Optimizer]:
     """Return the optimisers that together train all parameters of ``model``. ``image``: height and width.
 
     "muon" is Muon (Jordan et al. 2024) for the matrices in the blocks, and AdamW with 0.15 of its learning rate for the
     rest. The blocks of a convolutional network have no matrices, so AdamW trains all of it.
+    In float32 it is :class:`FullMuon`.
     """
-    several = _optimisers(config.optimiser, model, config.lr, config.weight_decay)
+    several = _optimisers(config.optimiser, model, config.lr, config.weight_decay, precision)
     if config.shared_filters:
         if not isinstance(model, MlpMixer):
             raise ValueError(f"shared_filters need an MlpMixer, not a {type(model).__name__}: set it to 0")
@@ -29,7 +30,7 @@ def optimisers(config: Config, model: nn.Module, image: Sequence[int]) -> list[O
     return several
 
 
-def _optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> list[Optimizer]:
+def _optimisers(name: str, model: nn.Module, lr: float, weight_decay: float, precision: str) -> list[Optimizer]:
     fused = next(model.parameters()).device.type != "mps"
     settings = {"lr": lr, "weight_decay": weight_decay, "fused": fused}
     match name:
@@ -52,7 +53,8 @@ def _optimisers(name: str, model: nn.Module, lr: float, weight_decay: float) -> 
                 )
             matrices = [weight for weight in blocks.parameters() if weight.ndim == 2]
             rest = [weight for weight in model.parameters() if all(weight is not matrix for matrix in matrices)]
-            muon = [Muon(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
+            kind = Muon if precision == "bfloat16" else FullMuon
+            muon = [kind(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
             return [*muon, AdamW(rest, lr=0.15 * lr, weight_decay=weight_decay, fused=fused)]
 
 
@@ -64,6 +66,45 @@ def schedule(name: str, done: float, first: float) -> float:
         return 1 - done
     # linear: warm-up, then decay to 0
     return done / first if done <= first else (1 - done) / (1 - first)
+
+
+class FullMuon(Muon):
+    """PyTorch's Muon in the precision of the matrices, for all of a shape at once, with the same settings and state.
+
+    PyTorch iterates in bfloat16. A processor that has to emulate it takes about as long for that as for the network.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same: dict[torch.Size, list[Tensor]] = {}
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    same.setdefault(matrix.shape, []).append(matrix)
+            for (rows, columns), matrices in same.items():
+                directions = torch.stack([self._direction(matrix, group["momentum"]) for matrix in matrices])
+                steps = _orthogonalised(directions, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rate = group["lr"] * max(1, rows / columns) ** 0.5
+                for matrix, step in zip(matrices, steps, strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
+
+    def _direction(self, matrix: Tensor, momentum: float) -> Tensor:
+        """Nesterov momentum of the gradient."""
+        average = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+        average.lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(average, momentum)
+
+
+def _orthogonalised(x: Tensor, coefficients: tuple[float, float, float], iterations: int, eps: float) -> Tensor:
+    """Replace the singular values of matrices (N, rows, columns) by numbers near 1, by Newton and Schulz's method."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class SharedFilters(AdamW):

@@ -186,7 +186,7 @@ class Run:
             self.brought["model"] = f"{type(model).__module__}.{type(model).__qualname__}, {count:,} parameters"
         self.model = (build_network(config, data, self.generator) if model is None else model).to(device)
         if optimiser is None:
-            self.optimisers = optimisers(config, self.model, data.train_images.shape[-2:])
+            self.optimisers = optimisers(config, self.model, data.train_images.shape[-2:], precision)
         elif not callable(optimiser):
             raise ValueError("optimiser has to be a function, like lambda parameters: SGD(parameters, lr=0.1)")
         else:
@@ -384,7 +384,8 @@ def fingerprint_of(
     """Compute a run's fingerprint with the present code. With a teacher, it covers only the loss."""
     config, noise = trial(config, kind)
     noise = part_of(noise, config)
-    targets = torch.linspace(-2, 2, len(noise.train_labels) * kind.classes).view(-1, kind.classes)
+    count = len(noise.train_labels) * kind.classes
+    targets = torch.linspace(-2, 2, count, dtype=torch.float64).view(-1, kind.classes)
 
     def soft_targets(logits: Tensor, batch: Batch) -> Tensor:
         return soft_target_loss(logits, targets[batch.index], config.temperature)

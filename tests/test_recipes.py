@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mixer.augment import augmented
 from mixer.config import RECIPES, Config, grid
 from mixer.data import normalise
-from mixer.optim import SharedFilters
+from mixer.optim import FullMuon, SharedFilters
 from mixer.training import Interrupted, Run, label_loss
 
 CPU = torch.device("cpu")
@@ -51,6 +51,42 @@ def test_every_optimiser_trains_every_parameter_at_the_schedules_rate(few, optim
     else:
         assert rates[0] == pytest.approx(0.01 / steps) and rates[steps - 1] == pytest.approx(0.01) == max(rates)
         assert rates[-1] == pytest.approx(0) and rates[steps - 1 :] == sorted(rates[steps - 1 :], reverse=True)
+
+
+def test_muon_in_full_precision_takes_the_steps_of_its_definition():
+    """Jordan et al. 2024, in float64 and one matrix at a time; PyTorch's Muon, in bfloat16, is within its rounding."""
+    generator = torch.Generator().manual_seed(0)
+    first = [torch.randn(shape, generator=generator) for shape in [(49, 128), (128, 49), (49, 128), (16, 16)]]
+    gradients = [[torch.randn(w.shape, generator=generator) for w in first] for _ in range(3)]
+    mine, torchs = [copies(first) for _ in range(2)]
+    for weights, kind in ((mine, FullMuon), (torchs, torch.optim.Muon)):
+        optimiser = kind(weights, lr=0.02, weight_decay=0.05)
+        for step in gradients:
+            for weight, gradient in zip(weights, step, strict=True):
+                weight.grad = gradient
+            optimiser.step()
+    for weight in range(len(first)):
+        wanted, average = first[weight].double(), 0.0
+        for step in gradients:
+            gradient = step[weight].double()
+            average = 0.95 * average + 0.05 * gradient
+            x = 0.05 * gradient + 0.95 * average
+            x = x / x.norm()
+            for _ in range(5):
+                square = x @ x.T
+                x = 3.4445 * x - 4.775 * square @ x + 2.0315 * square @ square @ x
+            rows, columns = x.shape
+            wanted = (1 - 0.02 * 0.05) * wanted - 0.02 * max(1, rows / columns) ** 0.5 * x
+        moved = (wanted - first[weight]).norm()
+        assert (mine[weight] - wanted).norm() / moved < 1e-4
+        assert (torchs[weight] - wanted).norm() / moved < 0.05
+
+
+def test_muon_leaves_a_matrix_without_a_gradient_alone():
+    used, unused = (torch.ones(4, 4, requires_grad=True) for _ in range(2))
+    used.sum().backward()
+    FullMuon([used, unused], lr=0.1).step()
+    assert torch.equal(unused, torch.ones(4, 4)) and not torch.equal(used, unused)
 
 
 def test_shared_filters_train_a_convolution_beside_each_matrix():
