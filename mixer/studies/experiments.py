@@ -43,6 +43,11 @@ WAYS = {"coursework's widths": (0, 0), "equal parameters": (1, 0), "equal FLOP":
 # Patch size -> widths, with one channel per pixel of a patch and the coursework's number of parameters within 0.2 %.
 IN_STEP = {2: (4, 298, 149), 4: (16, 1024, 512), 7: (49, 1428, 714), 14: (196, 546, 273)}
 AFFINE = RECIPES["teacher"] | {"affine": 0.1, "num_epochs": 40}  # a teacher that has seen the views of its students
+HALVES = {  # of the network
+    "channels": {"num_channels": 8},
+    "hidden units": {"patches_mlp_dim": 512, "channels_mlp_dim": 256},
+    "blocks": {"num_blocks": 4},
+}
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
     "weight decay": {"weight_decay": 0.0},
@@ -112,6 +117,7 @@ def recipe() -> dict[str, Sets]:
         "control": sets(range(3), RECIPES["modern"], without={"control": control}),
         "teacher": sets([0], {}, recipe={"teacher": RECIPES["teacher"]}),
         "ingredients": sets(range(2), short, without={"the recipe": {}} | WITHOUT),
+        "halves": sets([0], short, half=HALVES),
         "other networks": sets(range(2), others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
     }
 
