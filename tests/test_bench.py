@@ -32,6 +32,19 @@ def test_leaves_out_a_peer_that_is_not_installed(name, module, monkeypatch, caps
     assert f"{bench.LABELS[name]} cannot run here (" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+def test_leaves_out_peers_in_emulated_bfloat16(emulated, monkeypatch, capsys):
+    """They would take as long as all others together, and be the slowest."""
+    monkeypatch.setattr(bench, "peak", lambda dtype, *_: 1e9 if dtype == torch.bfloat16 and emulated else 2e9)
+    monkeypatch.setattr(bench, "_trainers", lambda names, *_, **sizes: dict.fromkeys(names))
+    monkeypatch.setattr(bench, "alternate", lambda trainers, *_: {name: [1.0, 2.0] for name in trainers})
+    monkeypatch.setattr(bench, "_child", lambda *_: None)
+    monkeypatch.setattr(bench, "_answer", lambda _: 1.0)
+    measured = {row["variant"] for row in bench.measure(CPU, True, list(bench.LABELS))["steps"]}
+    assert measured == set(bench.LABELS) - (set(bench.IN_BFLOAT16) if emulated else set())
+    assert ("bfloat16 is emulated here" in capsys.readouterr().out) == emulated
+
+
 def test_the_headline_is_against_the_fastest_peer():
     rows = [{"variant": name, "median": ms} for name, ms in [("timm", 90.0), ("jax", 45.0), ("fast", 10.0)]]
     assert bench.headline(rows).endswith(

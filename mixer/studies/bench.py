@@ -220,6 +220,9 @@ def measure(device: torch.device, quick: bool, variants: list[str]) -> dict[str,
     peaks = {name: round(peak(getattr(torch, name), device, seconds) / 1e9, 1) for name in ("float32", "bfloat16")}
     print(f"{here['device']}, {threads} threads, {precision}, path {here['path']}")
     print("large products: " + ", ".join(f"{name} {value:,.0f} GFLOP/s" for name, value in peaks.items()))
+    if peaks["bfloat16"] < peaks["float32"]:
+        print("bfloat16 is emulated here: peers that use it are left out")
+        variants = [name for name in variants if name not in IN_BFLOAT16]
 
     def rows(names: list[str], dropout_p: float, size: int, rounds: int = 4, **sizes: int) -> list[dict[str, Any]]:
         """One row per variant that runs here."""
