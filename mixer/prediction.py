@@ -18,7 +18,6 @@ from torch.func import functional_call
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
 from mixer.kernels.acceleration import choose
 from mixer.model import MlpMixer, count_patches
-from mixer.picture import prepare
 from mixer.system.device import autocast, threads_after_fork
 from mixer.system.files import SHIPPED, expand
 
@@ -56,10 +55,12 @@ def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False
     picture: a file's name or bytes, an open file, a PIL image, or an array or tensor (H, W), (H, W, 3) or (3, H, W), of
     any size.
     weights: a safetensors file of an ``MlpMixer`` of any size. For Fashion-MNIST, the model sees the object that
-    :func:`prepare` finds. For any other data set, classes are numbers and the model sees the whole picture, in colour
-    if it was trained in colour.
+    ``picture.prepare`` finds. For any other data set, classes are numbers and the model sees the whole picture, in
+    colour if it was trained in colour.
     show: draw what the model sees. A log line warns if the picture is unlike the data set.
     """
+    from mixer.picture import prepare  # here, since SciPy is slow to import
+
     threads_after_fork()
     with torch.inference_mode():
         model, origin = load_with_origin(weights)
