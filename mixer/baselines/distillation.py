@@ -6,7 +6,11 @@ student, so its logits are computed once and kept. Flips and shifts give each im
 two pixels). Warped and erased images never recur. They are drawn by epoch and not by seed, so all students of a teacher
 see the same view of an image in the same epoch. The teacher sees mixed images live.
 
-The teacher is trained like any run, with ``Config(network="conv")``.
+The teacher is trained like any run, with ``Config(network="conv")``, on the images that its student will see:
+
+    python -m mixer --results small --recipe teacher --limit 5000
+    cp small/weights/*.last.safetensors results/teachers/small.safetensors
+    python -m mixer --results small --recipe distilled --limit 5000 --teacher small
 """
 
 import hashlib
@@ -32,6 +36,7 @@ from mixer.system.device import autocast
 from mixer.system.files import check_writable, locked, seal, unseal, write_whole
 
 WEIGHTS, CHUNK = RESULTS / "teachers", 1000  # images that the teacher sees at a time
+HOW = "train one on the student's images, as the head of mixer/baselines/distillation.py shows, and give --teacher"
 
 
 def weights_of(name: str) -> Path:
@@ -54,7 +59,7 @@ class Distillation:
         try:
             self.weights = path.read_bytes()
         except OSError as error:
-            raise ValueError(f"there is no teacher {path} ({error.strerror}): train it first") from None
+            raise ValueError(f"there is no teacher {path} ({error.strerror}): {HOW}") from None
         self.weights_sha256 = self.sha256 = hashlib.sha256(self.weights).hexdigest()
         self.config, self.data, self.precision = config, data, precision
         self.model = _conv_net(path, self.weights, data).to(device).requires_grad_(False)
@@ -117,7 +122,7 @@ def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
         wanted = f"{data.num_classes} classes and {data.in_channels} channels"
         raise ValueError(f"{path} does not hold a teacher of {wanted}: train it again") from None
     if seen != [data.sha256, data.pixel_mean, data.pixel_std]:  # it may have seen the student's validation images
-        raise ValueError(f"the teacher {path} was trained on other images than its student: train it on the same")
+        raise ValueError(f"the teacher {path} was trained on other images than its student: {HOW}")
     return model.eval()
 
 
