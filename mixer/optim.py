@@ -17,8 +17,8 @@ def optimisers(config: Config, model: nn.Module, image: Sequence[int], precision
     """Return the optimisers that together train all parameters of ``model``. ``image``: height and width.
 
     "muon" is Muon (Jordan et al. 2024) for the matrices in the blocks, and AdamW with 0.15 of its learning rate for the
-    rest. The blocks of a convolutional network have no matrices, so AdamW trains all of it.
-    In float32 it is :class:`FullMuon`.
+    rest. A run in float32 has :class:`FullMuon` in place of PyTorch's Muon. The blocks of a convolutional network have
+    no matrices, so AdamW trains all of it.
     """
     several = _optimisers(config.optimiser, model, config.lr, config.weight_decay, precision)
     if config.shared_filters:

@@ -121,8 +121,8 @@ def main() -> None:
     elif where not in kept:
         sys.exit(f"There are none of {where}: --write keeps them.")
     else:
-        answers = golden(kept[where])
-        other = {name for name, bits in kept[where].items() if answers.get(name) != bits}
+        answers = golden()
+        other = {name for name in kept[where].keys() | answers.keys() if kept[where].get(name) != answers.get(name)}
         sys.exit(f"They differ: {', '.join(sorted(other))}" if other else 0)
 
 
