@@ -48,6 +48,10 @@ HALVES = {  # of the network
     "hidden units": {"patches_mlp_dim": 512, "channels_mlp_dim": 256},
     "blocks": {"num_blocks": 4},
 }
+WIDER = {  # networks of as many multiplications
+    "32 channels": {"num_channels": 32, "patches_mlp_dim": 512, "channels_mlp_dim": 256},
+    "64 channels": {"num_channels": 64, "patches_mlp_dim": 256, "channels_mlp_dim": 128},
+}
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
     "weight decay": {"weight_decay": 0.0},
@@ -112,12 +116,15 @@ def recipe() -> dict[str, Sets]:
     short = RECIPES["modern"] | {"num_epochs": 20}
     others = short | {"whiten": False, "initialisation": "flax"}  # both apply to a mixer only
     control = WITHOUT["mixup"] | WITHOUT["label smoothing"]  # differs from "distilled" by its teacher alone
+    wider = sets([0], short | {"whiten": False}, width=WIDER)  # a whitened stem has one channel per pixel at most
+    wider["32 channels"].append(replace(wider["32 channels"][0], seed=1))
     return {
         "recipes": sets(range(3), {}, recipe={name: RECIPES[name] for name in ("modern", "distilled", "patient")}),
         "control": sets(range(3), RECIPES["modern"], without={"control": control}),
         "teacher": sets([0], {}, recipe={"teacher": RECIPES["teacher"]}),
         "ingredients": sets(range(2), short, without={"the recipe": {}} | WITHOUT),
         "halves": sets([0], short, half=HALVES),
+        "wider": wider,
         "other networks": sets(range(2), others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
     }
 
