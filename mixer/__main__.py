@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     how("--device", help="cuda, mps or cpu (the first available)")
     how("--precision", choices=["bfloat16", "float32"], help="training precision (bfloat16 where the hardware has it)")
     # mixer.studies.bench shows that one run per core is faster than one run on all cores.
-    how("--jobs", type=int, metavar="N", help="runs at a time, sharing the CPU's cores (one per core; one on a GPU)")
+    how("--jobs", type=_number(int), metavar="N", help="runs at a time, sharing the cores (one per core; one on a GPU)")
     return parser
 
 
@@ -117,9 +117,20 @@ def _reader(field: dataclasses.Field) -> tuple[Callable[[str], Any], str]:
         return _yes_or_no, "yes" if default else "no"
     if isinstance(default, tuple):
         return _pair, "x".join(map(str, default))
-    if default is None:
-        return int, "all"
-    return type(default), str(default) or "none"
+    if isinstance(default, str):
+        return str, default or "none"
+    return _number(int if default is None else type(default)), "all" if default is None else str(default)
+
+
+def _number(kind: type) -> Callable[[str], int | float]:
+    def read(text: str) -> int | float:
+        try:
+            return kind(text)
+        except ValueError:
+            number = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {number}; put spaces between several") from None
+
+    return read
 
 
 def _folder(text: str) -> Path:
@@ -142,13 +153,14 @@ def _yes_or_no(text: str) -> bool:
 
 
 def _table(records: list[Record]) -> str:
-    rows = []
+    held_out, rows = any(record["config"]["validation"] for record in records), []
+    best, last = (f"{which} {'held-out' if held_out else 'test'} accuracy" for which in ("best", "last"))
     for record in records:
         name, history, diverged = Config(**record["config"]).name, record["history"], record["diverged"]
-        row = {"run": name, "best test accuracy": "", "last test accuracy": "", "diverged": ""}
+        row = {"run": name, best: "", last: "", "diverged": ""}
         if history:
-            row["best test accuracy"] = f"{best_epoch(record)['test_accuracy']:.2%}"
-            row["last test accuracy"] = f"{history[-1]['test_accuracy']:.2%}"
+            row[best] = f"{best_epoch(record)['test_accuracy']:.2%}"
+            row[last] = f"{history[-1]['test_accuracy']:.2%}"
         if diverged:
             row["diverged"] = f"epoch {diverged['epoch']}, step {diverged['step']}"
         rows.append(row)

@@ -40,7 +40,7 @@ from mixer.optim import optimisers, schedule
 from mixer.prediction import EVAL_BATCH, predict
 from mixer.records import RECORD_FORMAT, Record, environment, warn_of_edits
 from mixer.system.buffers import keep_large_buffers
-from mixer.system.device import autocast, by_itself, find_device, find_precision, threads_after_fork
+from mixer.system.device import autocast, by_itself, find_device, find_precision, seeded, threads_after_fork
 from mixer.system.files import check_writable, expand
 from mixer.system.progress import Bar, Turn
 
@@ -115,7 +115,7 @@ def train(
             resume(run, checkpoint)
         try:
             images = len(data.train_labels), len(data.test_labels)
-            with Bar(config.name, config.num_epochs, images, run.epoch, progress, position, turn) as bar:
+            with Bar(config, images, run.epoch, progress, position, turn) as bar:
                 bar.announce(run.how)
                 while not run.finished:
                     run.train_epoch(bar.trained, bar.update)
@@ -246,9 +246,8 @@ class Run:
                 contexts.enter_context(fused.threads_for_the_operator())
             elif self.device.type == "cpu" and not self.eager:
                 keep_large_buffers()
-            if "model" in self.brought:  # its dropout may draw from PyTorch's own generators
-                contexts.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
-                torch.manual_seed(self._seed(self.epoch + 1))
+            if "model" in self.brought:
+                contexts.enter_context(seeded(self.model, self._seed(self.epoch + 1)))
             losses, sizes, correct = self._train_on_every_image(on_step)
             train_loss = float((losses.double() * sizes).sum() / sizes.sum())
             test_loss, test_accuracy = self.evaluate(on_test)

@@ -24,6 +24,7 @@ from mixer.baselines import networks
 from mixer.checkpoint import key, last_weights
 from mixer.config import Config
 from mixer.kernels import fused
+from mixer.kernels.dropout import Dropout
 from mixer.model import MlpMixer
 from mixer.prediction import load_with_origin
 from mixer.records import best_epoch
@@ -116,25 +117,29 @@ def test_resumes_an_interrupted_run_and_says_so(few, checkpoint, uninterrupted, 
     assert record["environment"] == uninterrupted["environment"] | {"system": "another machine"}
 
 
-@pytest.mark.parametrize("dropout", [nn.Identity(), nn.Dropout(0.5)], ids=str)
+def with_own_generator() -> Dropout:
+    return Dropout(0.5, torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dropout", [nn.Identity, lambda: nn.Dropout(0.5), with_own_generator])
 def test_resumes_a_custom_model_but_no_other_one(few, tmp_path, trained, caplog, dropout):
     options = {"optimiser": nesterov, "checkpoint": tmp_path / "run.pt"}
     torch.manual_seed(0)
-    whole = run(few, model=network(dropout), optimiser=nesterov)
+    whole = run(few, model=network(dropout()), optimiser=nesterov)
     torch.manual_seed(0)
     with pytest.raises(Interrupted):
-        run(few, model=network(dropout), on_epoch=stop_after(2), **options)
+        run(few, model=network(dropout()), on_epoch=stop_after(2), **options)
     trained.clear()
-    resumed = run(few, model=network(dropout), **options)  # with other initial weights
+    resumed = run(few, model=network(dropout()), **options)  # with other initial weights
     assert timeless(resumed) == timeless(whole) and trained == [3]
     assert caplog.records.pop().getMessage().endswith("of a run with other initial weights: that run resumes.")
     torch.manual_seed(0)
-    run(few, model=network(dropout), **options)
+    run(few, model=network(dropout()), **options)
     assert trained == [3] and caplog.records.pop().getMessage().endswith("of a finished run: nothing is trained.")
-    renamed = network(dropout)
+    renamed = network(dropout())
     renamed.register_buffer("seen", torch.zeros(1))  # computes the same
     for other in ({"model": renamed}, {"model": network(nn.Tanh())}, {"optimiser": torch.optim.Adam}):
-        run(few, **{"model": network(dropout)} | options | other)
+        run(few, **{"model": network(dropout())} | options | other)
         assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts from the beginning.")
 
 

@@ -92,6 +92,8 @@ def test_a_repeated_option_adds_values_and_a_closed_pipe_ends_quietly(tmp_path):
         ("--jobs 0", "jobs is 0, but it has to be a whole number above 0"),
         ("--patch-size 4x", "--patch-size: give one size or two, like 4 or 4x4, not '4x'"),
         ("--patch-size 4,4", "not '4,4'"),
+        ("--lr 0.01,0.001", "--lr: '0.01,0.001' is not a number; put spaces between several"),
+        ("--limit few", "--limit: 'few' is not a whole number"),
         ("--flip true", "--flip: give yes or no, not 'true'"),
         ("--optimiser magic", "optimiser is 'magic', but it has to be one of adam, "),
         ("--mixup 0.5", "did you mean --mixup-prob?"),

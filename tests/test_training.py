@@ -263,6 +263,18 @@ def test_trains_a_model_in_place_and_names_it_and_its_optimiser(few, tmp_path):
     assert read_record(tmp_path / "mine.json") == record
 
 
+def test_custom_models_in_threads_do_not_share_random_numbers(few):
+    def record(seed):
+        model = network(nn.Dropout(0.5))
+        model.load_state_dict(initial)
+        return timeless(run(few, replace(SHORT, seed=seed), model=model))["history"]
+
+    initial = network(nn.Dropout(0.5)).state_dict()
+    in_turn = [record(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as executor:
+        assert list(executor.map(record, range(4))) == in_turn
+
+
 def test_trains_a_model_that_makes_float32_tensors(few):
     class Turned(nn.Sequential):
         def forward(self, images):
@@ -388,6 +400,8 @@ def test_progress_bar_puts_numbers_first_and_can_be_switched_off(few, capsys, mo
     run(few, config, progress=True)
     last = capsys.readouterr().err.rstrip().rpartition("\r")[2]
     assert last.startswith("100%") and "epoch 1/1 loss " in last and last.index("test ") < last.index(SHORT.name[:6])
+    run(few, replace(config, validation=True), progress=True)
+    assert "held-out " in capsys.readouterr().err
     record = run(few, config)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys, "stderr", None)  # as under pythonw

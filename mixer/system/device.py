@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from logging import getLogger
 
 import torch
+from torch import nn
 
 from mixer.kernels import fused
 
@@ -70,6 +72,23 @@ def by_itself(device: torch.device) -> Iterator[None]:
             contexts.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
         if torch.get_default_device().type != "cpu":
             contexts.enter_context(torch.device("cpu"))  # where the run's generator is
+        yield
+
+
+_SHARED = threading.RLock()  # PyTorch's own generators, by all threads of the process
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seed every generator that a custom model may draw from: its own ones, and PyTorch's, which are restored.
+
+    One thread at a time, so that such models in several threads do not draw from each other's numbers.
+    """
+    with _SHARED, torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        for value in (value for module in model.modules() for value in vars(module).values()):
+            if isinstance(value, torch.Generator):
+                value.manual_seed(seed)
         yield
 
 

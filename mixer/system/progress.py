@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from mixer.config import Config
+
 TRAINING = 3  # times the work of testing: forward and backward instead of forward only
 # A run's number among the grid's missing runs, from 1; how many there are; how many run at a time, if known.
 Turn = tuple[int, int, int | None]
@@ -40,13 +42,13 @@ class Bar(tqdm):
     announced = ""
 
     def __init__(
-        self, name: str, epochs: int, images: tuple[int, int], done: int, shown: bool, position: int | None, turn: Turn
+        self, config: Config, images: tuple[int, int], done: int, shown: bool, position: int | None, turn: Turn
     ):
-        """``done`` of the run's ``epochs`` are finished; ``images``: training and test images per epoch."""
-        self.run, self.epochs, self.turn, self.accuracies, self.last_look = name, epochs, turn, "", 0.0
+        """``done`` of the run's epochs are finished; ``images``: training and test images per epoch."""
+        self.config, self.turn, self.accuracies, self.last_look = config, turn, "", 0.0
         self.work = TRAINING * images[0] + images[1]
         super().__init__(
-            total=epochs * self.work,
+            total=config.num_epochs * self.work,
             initial=done * self.work,
             disable=not shown or sys.stderr is None,
             file=_TERMINAL,
@@ -71,12 +73,13 @@ class Bar(tqdm):
         self.update(TRAINING * images)
 
     def epoch_done(self, epoch: dict[str, float]) -> None:
-        self.accuracies = f" train {epoch['train_accuracy']:.2%} test {epoch['test_accuracy']:.2%}"
+        tested_on = "held-out" if self.config.validation else "test"
+        self.accuracies = f" train {epoch['train_accuracy']:.2%} {tested_on} {epoch['test_accuracy']:.2%}"
         self._show(epoch["train_loss"])
 
     def _show(self, loss: Tensor | float) -> None:
-        epoch = min(1 + self.n // self.work, self.epochs)
-        text = f" epoch {epoch}/{self.epochs} loss {float(loss):.4f}{self.accuracies} {self.run}"
+        epoch = min(1 + self.n // self.work, self.config.num_epochs)
+        text = f" epoch {epoch}/{self.config.num_epochs} loss {float(loss):.4f}{self.accuracies} {self.config.name}"
         self.set_description_str(text)
 
     @property
