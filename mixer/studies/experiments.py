@@ -50,6 +50,7 @@ HALVES = {  # of the network
 }
 WIDER = {  # networks of as many multiplications
     "32 channels": {"num_channels": 32, "patches_mlp_dim": 512, "channels_mlp_dim": 256},
+    "64 channels": {"num_channels": 64, "patches_mlp_dim": 256, "channels_mlp_dim": 128},
 }
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
