@@ -84,6 +84,12 @@ def test_a_repeated_option_adds_values_and_a_closed_pipe_ends_quietly(tmp_path):
     assert len(read_records(tmp_path)) == 2 and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
+def test_accuracy_on_the_validation_split_is_called_held_out(tmp_path, capsys):
+    options = f"{TINY} --lr 0.02 --num-epochs 1 --limit 60 --validation yes --jobs 1 --device cpu --results {tmp_path}"
+    main(options.split())
+    assert "last held-out accuracy" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
