@@ -185,7 +185,8 @@ def _from_array(values: np.ndarray) -> Image.Image:
         values = values[0] if len(values) == 1 else values[..., 0]
     if values.ndim == 3 and values.shape[2] not in (3, 4):
         values = np.moveaxis(values, 0, 2)
-    if values.ndim < 2 or values.dtype.kind not in "buif" or not np.isfinite(values).all():
+    colours = values.shape[2:] in ((), (3,), (4,))  # two would be read as grey and its transparency
+    if values.ndim < 2 or not colours or values.dtype.kind not in "buif" or not np.isfinite(values).all():
         raise ValueError
     low, high = min(0.0, float(values.min())), float(values.max())
     if values.dtype.kind in "bf" or low < 0 or high > 255:

@@ -345,7 +345,8 @@ class Run:
     def how(self) -> str:
         """Path, precision, threads and device in one sentence, for the progress bar."""
         words = {"fused": "the fused operator", "graphs": "CUDA graphs", "eager": "eager PyTorch"}[self.choice.path]
-        threads = f" on {self.environment['threads']} threads" if self.device.type == "cpu" else ""
+        count = self.environment["threads"]
+        threads = f" on {count} thread{'s' * (count > 1)}" if self.device.type == "cpu" else ""
         return f"Trains with {words} in {self.precision}{threads} ({self.environment['device']})."
 
     def record(self) -> Record:

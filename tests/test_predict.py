@@ -144,6 +144,7 @@ NO_PICTURES = [
     *((given, f"of type {type(given).__name__} cannot be read as a picture") for given in (7, 5000 * [7], bytes(5000))),
     (np.array(5), r"shape \(\) cannot be read as a picture"),
     (torch.zeros(2, 2, 2, 2), r"shape \(2, 2, 2, 2\) cannot be read as a picture"),
+    (np.zeros((2, 28, 28), np.uint8), r"shape \(2, 28, 28\) cannot be read as a picture"),  # two pictures
     *((array, "cannot be read as a picture") for array in (np.zeros((0, 3)), NO_NUMBERS, np.array([["a"]]))),
     *((given, "cannot be read as a picture") for given in (__file__, file_of(Image.fromarray(NO_NUMBERS), "tiff"))),
     (np.full((600, 600), 255, np.uint8), "The picture has only one colour"),
