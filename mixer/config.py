@@ -98,7 +98,7 @@ class Config:
     def __post_init__(self) -> None:
         self._keep("lr", _real, lambda lr: 0 < lr < math.inf, "a positive number like 0.01")
         for name in ("batch_size", "num_epochs", "num_blocks", "num_channels", "patches_mlp_dim", "channels_mlp_dim"):
-            self._keep(name, _whole, lambda n: 0 < n < 2**31, "a whole number above 0")
+            self._keep(name, _whole, lambda n: 0 < n < 2**31, "a whole number from 1 to 2**31 - 1")
         self._keep("seed", _whole, lambda seed: 0 <= seed < 2**32, "a whole number from 0 to 2**32 - 1")
         if self.limit is not None:
             self._keep("limit", _whole, lambda n: n > 0, "None or a whole number above 0")
