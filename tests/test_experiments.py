@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config, grid
 from mixer.model import MlpMixer
 from mixer.records import RESULTS, read_record, record_path, weights_path
-from mixer.studies import experiments
+from mixer.studies import ending, experiments
 from mixer.studies.experiments import EXPERIMENTS, WITHOUT, Stage, main
 from mixer.system.files import PROJECT
 
@@ -56,3 +58,14 @@ def test_patches_with_channels_in_step_keep_the_parameters():
         widths = {"num_channels": channels, "patches_mlp_dim": tokens_dim, "channels_mlp_dim": channels_dim}
         parameters = MlpMixer(patch_size=(size, size), **widths).parameters()
         assert channels == size**2 and abs(sum(p.numel() for p in parameters) / 947_682 - 1) < 0.002
+
+
+def test_endings_begin_with_the_shipped_weights_and_are_trained_once(tmp_path, monkeypatch):
+    config = replace(ending.ENDINGS["labels"], limit=500, num_epochs=1)
+    monkeypatch.setattr(ending, "FOLDER", tmp_path)
+    monkeypatch.setattr(ending, "ENDINGS", {"labels": config})
+    ending.main()
+    record = read_record(record_path(config, tmp_path))
+    assert record["history"][0]["test_accuracy"] > 0.9 and "recipe.safetensors" in record["model"]
+    monkeypatch.setattr(ending, "train", None)
+    ending.main()
