@@ -115,6 +115,7 @@ def recipe() -> dict[str, Sets]:
     """Sets of runs for recipe.ipynb, by part."""
     short = RECIPES["modern"] | {"num_epochs": 20}
     others = short | {"whiten": False, "initialisation": "flax"}  # both apply to a mixer only
+    student = RECIPES["distilled"] | WITHOUT["shifts"] | {"num_epochs": 20, "temperature": 1.0}
     control = WITHOUT["mixup"] | WITHOUT["label smoothing"]  # differs from "distilled" by its teacher alone
     wider = sets([0], short | {"whiten": False}, width=WIDER)  # a whitened stem has one channel per pixel at most
     wider["32 channels"].append(replace(wider["32 channels"][0], seed=1))
@@ -125,6 +126,7 @@ def recipe() -> dict[str, Sets]:
         "ingredients": sets(range(2), short, without={"the recipe": {}} | WITHOUT),
         "halves": sets([0], short, half=HALVES),
         "wider": wider,
+        "short students": sets(range(2), student, recipe={"student": {}}),
         "other networks": sets(range(2), others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
     }
 
