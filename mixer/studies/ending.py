@@ -40,6 +40,8 @@ def main() -> None:
             write_record(record | {"model": f"MlpMixer, trained from {BEGIN.name}"}, path)
         except (DataError, ValueError, OSError) as error:
             sys.exit(str(error))
+        except KeyboardInterrupt:
+            sys.exit("Stopped; the same command trains what is missing, this run from its first epoch.")
 
 
 if __name__ == "__main__":
