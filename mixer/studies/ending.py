@@ -25,6 +25,7 @@ ENDINGS = {
     "teacher": Config(**_SETTINGS | {"mixup_prob": 0.0, "label_smoothing": 0.0, "teacher": "conv"}),
 }
 ENDINGS["teacher, another seed"] = replace(ENDINGS["teacher"], seed=1)
+ENDINGS |= {f"{name}, with shifts": replace(ENDINGS[name], shift=1) for name in ("teacher", "teacher, another seed")}
 
 
 def main() -> None:
