@@ -80,6 +80,7 @@ class Config:
     optimiser: Literal["adam", "adamw", "sgd", "momentum", "rmsprop", "muon"] = _training("adam", "momentum: SGD, 0.9")
     weight_decay: float = _training(0.0, "weight decay of the optimiser")
     shared_filters: int = _training(0, "side of filters that all patches share while training (RepMLP), in patches")
+    sam_radius: float = _training(0.0, "radius of sharpness-aware minimisation (SAM), say 0.1; takes twice as long")
     schedule: Literal["constant", "linear", "decay"] = _training(
         "constant", "linear: warm-up for one epoch, then linear decay to 0; decay: without the warm-up"
     )
@@ -109,6 +110,7 @@ class Config:
             elif words := get_args(field.type) if isinstance(field.default, str) else ():
                 self._keep(field.name, str, words.__contains__, f"one of {', '.join(words)}")
         self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
+        self._keep("sam_radius", _real, lambda radius: 0 <= radius < math.inf, "0 or a positive number like 0.1")
         self._keep("temperature", _real, lambda t: 0 < t < math.inf, "a positive number")
         self._keep("teacher", str, lambda name: re.fullmatch("[a-z0-9-]*", name), "lower-case letters, digits, hyphens")
         self._keep(
@@ -162,9 +164,9 @@ _LABELS = {
     **{"num_channels": "channels{}", "patches_mlp_dim": "tokenmlp{}", "channels_mlp_dim": "channelmlp{}"},
     **{"skip_connections": "noskip", "gelu": "{}gelu", "initialisation": "{}init", "whiten": "whiten"},
     **{"inputs": "{}", "optimiser": "{}", "weight_decay": "decay{}", "shared_filters": "filters{}"},
-    **{"schedule": "{}", "flip": "flip", "shift": "shift{}", "affine": "affine{}", "erase": "erase{}"},
-    **{"mixup_prob": "mixup{}", "label_smoothing": "smooth{}", "network": "{}", "teacher": "by-{}"},
-    **{"temperature": "temperature{}", "ema_decay": "average{}", "validation": "validation"},
+    **{"sam_radius": "sam{}", "schedule": "{}", "flip": "flip", "shift": "shift{}", "affine": "affine{}"},
+    **{"erase": "erase{}", "mixup_prob": "mixup{}", "label_smoothing": "smooth{}", "network": "{}"},
+    **{"teacher": "by-{}", "temperature": "temperature{}", "ema_decay": "average{}", "validation": "validation"},
 }
 _OLD_NAMES = {"mixup": "mixup_prob", "average": "ema_decay"}
 _ALIASES = _OLD_NAMES | {"learning_rate": "lr", "ema": "ema_decay", "workers": "jobs", "output": "results"}

@@ -3,7 +3,8 @@
 The coursework states neither; ours is Adam with PyTorch's defaults, at a constant learning rate.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,26 @@ def schedule(name: str, done: float, first: float) -> float:
         return 1 - done
     # linear: warm-up, then decay to 0
     return done / first if done <= first else (1 - done) / (1 - first)
+
+
+@contextlib.contextmanager
+def uphill(model: nn.Module, radius: float) -> Iterator[None]:
+    """Inside, the weights are ``radius`` away along their gradients, where the loss is about the highest.
+
+    Gradients computed there make the step of sharpness-aware minimisation (SAM, Foret et al. 2021, arXiv:2010.01412).
+    """
+    weights = [weight for weight in model.parameters() if weight.grad is not None]
+    before = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        norm = torch.stack([weight.grad.norm() for weight in weights]).norm()
+        for weight in weights:
+            weight.add_(weight.grad * (radius / norm.clamp(min=1e-12)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, kept in zip(weights, before, strict=True):
+                weight.copy_(kept)
 
 
 class FullMuon(Muon):

@@ -36,7 +36,7 @@ from mixer.fingerprint import Fingerprint, Kind, trial, try_out
 from mixer.kernels import fused
 from mixer.kernels.acceleration import Choice, choose
 from mixer.model import MlpMixer
-from mixer.optim import optimisers, schedule
+from mixer.optim import optimisers, schedule, uphill
 from mixer.prediction import EVAL_BATCH, predict
 from mixer.records import RECORD_FORMAT, Record, environment, warn_of_edits
 from mixer.system.buffers import keep_large_buffers
@@ -282,20 +282,28 @@ class Run:
         self.model.train()
         for step, index in enumerate(batches):
             batch = augmented(index, data, config, self.generator)
-            with autocast(self.device, self.precision):
-                logits = _float32(self.choice.forward(batch.inputs))
-            loss = self.loss(logits, batch)
-            self.model.zero_grad()
-            loss.backward()
+            logits, loss = self._backward(batch)
+            if self.config.sam_radius:
+                with uphill(self.model, self.config.sam_radius):
+                    self._backward(batch)
             self.set_learning_rate(step)
             for optimiser in self.optimisers:
                 optimiser.step()
             if self.average is not None:
                 self.average.update_parameters(self.model)
-            losses[step] = loss.detach()
+            losses[step] = loss
             correct += (logits.argmax(dim=1) == batch.labels).sum()
             on_step(losses[step], len(index))
         return losses.cpu(), torch.tensor([len(index) for index in batches]), int(correct)
+
+    def _backward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Compute the gradients for a batch; return its logits and its loss."""
+        with autocast(self.device, self.precision):
+            logits = _float32(self.choice.forward(batch.inputs))
+        loss = self.loss(logits, batch)
+        self.model.zero_grad()
+        loss.backward()
+        return logits, loss.detach()
 
     def evaluate(self, on_test: Callable[[int], object] = lambda images: None) -> tuple[float, float]:
         """Return mean loss and accuracy on the test images."""

@@ -25,7 +25,7 @@ IMPOSSIBLE = {
         "shared_filters": [2, -1],
         "flip": [np.array([1, 0]), torch.tensor([True, False])],
     },
-    **{"mixup_prob": [1.1], "label_smoothing": [-0.1], "ema_decay": [1], "temperature": [0]},
+    **{"mixup_prob": [1.1], "label_smoothing": [-0.1], "ema_decay": [1], "temperature": [0], "sam_radius": [-1]},
     **{"optimiser": ["magic"], "schedule": ["cosine"], "network": ["transformer"], "teacher": ["../conv"]},
     **{"gelu": ["fast"], "initialisation": [None], "inputs": ["raw"]},
 }
@@ -72,7 +72,7 @@ def test_no_two_configs_share_a_name():
         "patch_size": [(1, 4), (4, 4), (4, 1), (14, 1)],
         **{"num_channels": [8, 16], "patches_mlp_dim": [8, 1024], "channels_mlp_dim": [8, 512]},
         **{"weight_decay": [0, 0.01], "shift": [0, 1, 2], "erase": [0, 4], "mixup_prob": [0, 0.5, 1]},
-        **{"affine": [0, 0.1], "shared_filters": [0, 3]},
+        **{"affine": [0, 0.1], "shared_filters": [0, 3], "sam_radius": [0, 0.1]},
         **{"label_smoothing": [0, 0.1], "temperature": [1, 2.5], "ema_decay": [0, 0.9, 0.99]},
         **{"network": ["mixer"], "teacher": ["", "conv", "conv-1"]},
     }

@@ -1,5 +1,6 @@
 """Each ingredient of the training does what its option says, and resumes bit for bit."""
 
+import copy
 import dataclasses
 from typing import get_args, get_type_hints
 
@@ -87,6 +88,28 @@ def test_muon_leaves_a_matrix_without_a_gradient_alone():
     used.sum().backward()
     FullMuon([used, unused], lr=0.1).step()
     assert torch.equal(unused, torch.ones(4, 4)) and not torch.equal(used, unused)
+
+
+def test_sharpness_aware_step_takes_the_gradient_from_uphill(few):
+    """One step of the training against SAM's definition in float64: Foret et al. 2021, Algorithm 1."""
+    run = started(few, sam_radius=0.5, optimiser="sgd", lr=0.1, batch_size=len(few.train_labels))
+    exact = copy.deepcopy(run.model).double()
+    weights, before = list(exact.parameters()), copies(exact.parameters())
+    images = normalise(few.train_images, few.pixel_mean, few.pixel_std).double()
+
+    def gradients():
+        return torch.autograd.grad(F.cross_entropy(exact(images), few.train_labels), weights)
+
+    plain = gradients()
+    norm = torch.cat([gradient.flatten() for gradient in plain]).norm()
+    with torch.no_grad():
+        for weight, gradient in zip(weights, plain, strict=True):
+            weight += 0.5 * gradient / norm
+    steepest = gradients()
+    run.train_epoch()
+    assert (torch.cat([gradient.flatten() for gradient in steepest]).norm() - norm).abs() > 0.1 * norm
+    for weight, old, gradient in zip(run.model.parameters(), before, steepest, strict=True):
+        torch.testing.assert_close(weight.double(), old - 0.1 * gradient, atol=1e-6, rtol=1e-5)
 
 
 def test_shared_filters_train_a_convolution_beside_each_matrix():
@@ -190,7 +213,7 @@ def test_recipes_are_configs_and_grids():
     assert grid(recipe="modern", lrs=[0.01])[0].lr == 0.01
 
 
-@pytest.mark.parametrize("more", [{}, {"shared_filters": 5, "affine": 0.1}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"shared_filters": 5, "affine": 0.1, "sam_radius": 0.1}], ids=str)
 def test_modern_recipe_learns_real_images_and_resumes_bit_for_bit(data, tmp_path, more):
     config = Config(**RECIPES["modern"] | SMALL | {"batch_size": 16, "num_epochs": 4, "ema_decay": 0.97} | more)
     some, checkpoint = first_images(data, 800, 500), tmp_path / "run.pt"
