@@ -1,10 +1,16 @@
+import json
 from dataclasses import replace
 
 import pytest
+import torch.nn.functional as F
+from conftest import first_images
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config, grid
+from mixer.data import normalise
 from mixer.model import MlpMixer
+from mixer.prediction import load_model
 from mixer.records import RESULTS, read_record, record_path, weights_path
 from mixer.studies import ending, experiments
 from mixer.studies.experiments import EXPERIMENTS, WITHOUT, Stage, main
@@ -60,12 +66,21 @@ def test_patches_with_channels_in_step_keep_the_parameters():
         assert channels == size**2 and abs(sum(p.numel() for p in parameters) / 947_682 - 1) < 0.002
 
 
-def test_endings_begin_with_the_shipped_weights_and_are_trained_once(tmp_path, monkeypatch):
-    config = replace(ending.ENDINGS["labels"], limit=500, num_epochs=1)
-    monkeypatch.setattr(ending, "FOLDER", tmp_path)
-    monkeypatch.setattr(ending, "ENDINGS", {"labels": config})
+def test_endings_begin_with_the_shipped_weights_and_are_trained_once(data, tmp_path, monkeypatch):
+    config = replace(ending.ENDINGS["labels"], num_epochs=1)
+    few, two = first_images(data, 500, 500), {"teacher": config, "teacher, another seed": replace(config, seed=1)}
+    settings = {"FOLDER": tmp_path, "MEAN": tmp_path / "mean.json", "SHIPPED": tmp_path, "ENDINGS": two}
+    for name, value in settings.items():
+        monkeypatch.setattr(ending, name, value)
+    monkeypatch.setattr(ending.fashion_mnist, "load", lambda device="cpu": few)
     ending.main()
-    record = read_record(record_path(config, tmp_path))
-    assert record["history"][0]["test_accuracy"] > 0.9 and "recipe.safetensors" in record["model"]
+    records = [read_record(record_path(config, tmp_path)) for config in two.values()]
+    assert all(record["history"][0]["test_accuracy"] > 0.9 for record in records)
+    assert all("recipe.safetensors" in record["model"] for record in records)
+    one, other = (load_model(last_weights(weights_path(config, tmp_path))) for config in two.values())
+    vectors = [parameters_to_vector(model.parameters()) for model in (one, other)]
+    vector_to_parameters(sum(vectors) / 2, one.parameters())
+    expected = F.cross_entropy(one.eval()(normalise(few.test_images)), few.test_labels).item()
+    assert json.loads(settings["MEAN"].read_text())["test_loss"] == pytest.approx(expected, rel=1e-4)
     monkeypatch.setattr(ending, "train", None)
     ending.main()
