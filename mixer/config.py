@@ -89,6 +89,7 @@ class Config:
     affine: float = _training(0.0, "largest change of an entry in a training image's affine map, say 0.1")
     erase: int = _training(0, "side of the square erased from each training image, in pixels (cutout)")
     mixup_prob: float = _training(0.0, "probability of mixing a batch with itself in reverse order (mixup)")
+    plain_epochs: int = _training(0, "the last epochs, in which training images are at most mirrored")
     label_smoothing: float = _training(0.0, "share of the target spread evenly over all classes")
     network: Literal["mixer", "mlp", "conv"] = _model("mixer", "mlp and conv are baselines, each of a fixed size")
     teacher: str = _training("", "network to distil from, by name, in place of the labels")
@@ -121,6 +122,9 @@ class Config:
         self._keep("mixup_prob", _real, lambda p: 0 <= p <= 1, "a number from 0.0 to 1.0")
         for name in ("dropout_p", "label_smoothing", "ema_decay", "affine"):
             self._keep(name, _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
+        self._keep("plain_epochs", _whole, lambda n: 0 <= n <= self.num_epochs, "a whole number up to num_epochs")
+        if self.plain_epochs and not any(getattr(self, name) for name in _PLAIN):
+            raise ValueError(f"plain_epochs applies only with {', '.join(_PLAIN)}; set one of them, or remove it")
         if self.temperature != 1 and not self.teacher:
             raise ValueError("temperature applies only with a teacher; name one, or remove it")
         if self.teacher and self.label_smoothing:
@@ -145,6 +149,11 @@ class Config:
         """Read the config of a record or a weights file; two fields may have their former names."""
         return cls(**{_OLD_NAMES.get(name, name): value for name, value in fields.items()})
 
+    def of_epoch(self, epoch: int) -> "Config":
+        """Return the config by which this epoch, from 1, is augmented: it differs in the ``plain_epochs``."""
+        plain = epoch > self.num_epochs - self.plain_epochs
+        return dataclasses.replace(self, plain_epochs=0, **_PLAIN if plain else {})
+
     @property
     def name(self) -> str:
         """A readable, unique name; settings other than the coursework's are appended."""
@@ -157,6 +166,7 @@ class Config:
         return "_".join(parts)
 
 
+_PLAIN = {"shift": 0, "affine": 0.0, "erase": 0, "mixup_prob": 0.0}  # in the plain epochs
 # A field's form in a name: the first four always, others unless they are the default. File names depend on it.
 _LABELS = {
     **{"lr": "lr{}", "dropout_p": "dropout{}", "batch_size": "batch{}", "seed": "seed{}"},
@@ -165,8 +175,9 @@ _LABELS = {
     **{"skip_connections": "noskip", "gelu": "{}gelu", "initialisation": "{}init", "whiten": "whiten"},
     **{"inputs": "{}", "optimiser": "{}", "weight_decay": "decay{}", "shared_filters": "filters{}"},
     **{"sam_radius": "sam{}", "schedule": "{}", "flip": "flip", "shift": "shift{}", "affine": "affine{}"},
-    **{"erase": "erase{}", "mixup_prob": "mixup{}", "label_smoothing": "smooth{}", "network": "{}"},
-    **{"teacher": "by-{}", "temperature": "temperature{}", "ema_decay": "average{}", "validation": "validation"},
+    **{"erase": "erase{}", "mixup_prob": "mixup{}", "plain_epochs": "plain{}", "label_smoothing": "smooth{}"},
+    **{"network": "{}", "teacher": "by-{}", "temperature": "temperature{}", "ema_decay": "average{}"},
+    **{"validation": "validation"},
 }
 _OLD_NAMES = {"mixup": "mixup_prob", "average": "ema_decay"}
 _ALIASES = _OLD_NAMES | {"learning_rate": "lr", "ema": "ema_decay", "workers": "jobs", "output": "results"}

@@ -272,7 +272,7 @@ class Run:
     def _train_on_every_image(self, on_step: Callable[[Tensor, int], object]) -> tuple[Tensor, Tensor, int]:
         """Return each step's loss and number of images, and the number of images classified correctly."""
         self._seed(self.epoch + 1)
-        data, config = self.data, self.config
+        data, config = self.data, self.config.of_epoch(self.epoch + 1)
         if isinstance(self.loss, Distillation):
             data, config = self.loss.see(self.epoch + 1)
         order = torch.randperm(len(self.data.train_labels), generator=self.generator).to(self.device)

@@ -26,6 +26,7 @@ IMPOSSIBLE = {
         "flip": [np.array([1, 0]), torch.tensor([True, False])],
     },
     **{"mixup_prob": [1.1], "label_smoothing": [-0.1], "ema_decay": [1], "temperature": [0], "sam_radius": [-1]},
+    **{"plain_epochs": [-1, 61]},
     **{"optimiser": ["magic"], "schedule": ["cosine"], "network": ["transformer"], "teacher": ["../conv"]},
     **{"gelu": ["fast"], "initialisation": [None], "inputs": ["raw"]},
 }
@@ -55,7 +56,13 @@ def test_name_is_readable():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"temperature": 2}, {"teacher": "a", "label_smoothing": 0.1}, {"whiten": 1, "network": "mlp"}]
+    "fields",
+    [
+        {"temperature": 2},
+        {"teacher": "a", "label_smoothing": 0.1},
+        {"whiten": 1, "network": "mlp"},
+        {"plain_epochs": 1, "flip": True},
+    ],
 )
 def test_rejects_fields_that_cannot_be_combined(fields):
     with pytest.raises(ValueError, match=f"^{next(iter(fields))} (applies|cannot be combined) "):
@@ -72,7 +79,7 @@ def test_no_two_configs_share_a_name():
         "patch_size": [(1, 4), (4, 4), (4, 1), (14, 1)],
         **{"num_channels": [8, 16], "patches_mlp_dim": [8, 1024], "channels_mlp_dim": [8, 512]},
         **{"weight_decay": [0, 0.01], "shift": [0, 1, 2], "erase": [0, 4], "mixup_prob": [0, 0.5, 1]},
-        **{"affine": [0, 0.1], "shared_filters": [0, 3], "sam_radius": [0, 0.1]},
+        **{"affine": [0, 0.1], "shared_filters": [0, 3], "sam_radius": [0, 0.1], "plain_epochs": [0, 1]},
         **{"label_smoothing": [0, 0.1], "temperature": [1, 2.5], "ema_decay": [0, 0.9, 0.99]},
         **{"network": ["mixer"], "teacher": ["", "conv", "conv-1"]},
     }
@@ -82,9 +89,10 @@ def test_no_two_configs_share_a_name():
     for _ in range(20_000):
         drawn = {name: choose.choice(some) for name, some in values.items()}
         drawn |= {"label_smoothing": 0} if drawn["teacher"] else {"temperature": 1}
+        drawn |= {"plain_epochs": drawn["plain_epochs"] if drawn["shift"] else 0}
         configs.add(Config(**drawn))
-    for name, some in values.items():  # and all that differ in one field only, except for a teacher's
-        configs |= {Config(**{name: value}) for value in some if name != "temperature"}
+    for name, some in values.items():  # and all that differ in one field only, unless it needs another
+        configs |= {Config(**{name: value}) for value in some if name not in ("temperature", "plain_epochs")}
     assert len({config.name for config in configs}) == len(configs) > 10_000
     assert all(set(config.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._+-") for config in configs)
 

@@ -87,13 +87,29 @@ def test_students_share_endless_views_and_the_teachers_logits_for_them(hundred, 
     with monkeypatch.context() as patch:
         patch.setattr(distillation, "_logits", None)
         assert torch.equal(second.see(1)[0].train_images, seen.train_images)
-    assert torch.equal(second.logits, first.logits)
+    assert torch.equal(second.seen, first.seen)
     assert not torch.equal(first.see(2)[0].train_images, seen.train_images)
+
+
+@pytest.mark.parametrize("change", [{"shift": 2}, {"affine": 0.1}, {"mixup_prob": 1.0}], ids=str)
+def test_teacher_answers_for_unmoved_images_in_the_plain_epochs(hundred, taught, change):
+    loss = taught_by_little(hundred, flip=True, num_epochs=2, plain_epochs=1, **change)
+    loss.see(1)
+    data, config = loss.see(2)
+    batch = augmented(torch.arange(30, 80), data, config, torch.Generator().manual_seed(0))
+    both = [images[30:80].flip(-1) if k else images[30:80] for k, images in enumerate(2 * [hundred.train_images])]
+    both = [normalise(images, hundred.pixel_mean, hundred.pixel_std) for images in both]
+    assert all(torch.equal(one, both[0][k]) or torch.equal(one, both[1][k]) for k, one in enumerate(batch.inputs))
+    model = ConvNet()
+    model.load_state_dict(load(taught))
+    torch.testing.assert_close(loss.targets(batch), model.eval()(batch.inputs), atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("affine", [0.0, 0.1])
 def test_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path, affine):
-    config = Config(teacher="little", temperature=2.0, flip=True, shift=1, affine=affine, mixup_prob=0.5, **SMALL)
+    config = Config(
+        teacher="little", temperature=2.0, flip=True, shift=1, affine=affine, mixup_prob=0.5, plain_epochs=1, **SMALL
+    )
     with pytest.raises(Interrupted):
         train(config, data=hundred, checkpoint=tmp_path / "run.pt", on_epoch=stop_after(1), **OPTIONS)
     resumed, whole = (train(config, data=hundred, checkpoint=c, **OPTIONS) for c in (tmp_path / "run.pt", None))

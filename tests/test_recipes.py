@@ -12,6 +12,7 @@ from test_training import run, timeless
 from torch.nn import functional as F
 
 from mixer.augment import augmented
+from mixer.baselines.networks import PlainMlp
 from mixer.config import RECIPES, Config, grid
 from mixer.data import normalise
 from mixer.optim import FullMuon, SharedFilters
@@ -203,6 +204,25 @@ def test_mixes_the_wanted_share_of_the_batches(few):
     config, generator, index = Config(mixup_prob=0.25), torch.Generator().manual_seed(0), torch.arange(4)
     mixed = [augmented(index, few, config, generator).share < 1 for _ in range(200)]
     assert 30 <= sum(mixed) <= 70
+
+
+def test_images_are_at_most_mirrored_in_the_plain_epochs(few):
+    seen, epochs = [], []
+
+    class Watched(PlainMlp):
+        def forward(self, images):
+            seen.extend(images.detach() if self.training else [])
+            return super().forward(images)
+
+    def keep(row, model):
+        epochs.append({image.numpy().tobytes() for image in seen})
+        seen.clear()
+
+    views = {"flip": True, "shift": 1, "affine": 0.1, "erase": 4, "mixup_prob": 1.0}
+    run(few, Config(**SMALL | views | {"num_epochs": 3, "plain_epochs": 2}), model=Watched(784), on_epoch=keep)
+    images = normalise(few.train_images, few.pixel_mean, few.pixel_std)
+    unmoved = {image.numpy().tobytes() for image in torch.cat([images, images.flip(-1)])}
+    assert not epochs[0] <= unmoved and epochs[1] <= unmoved and epochs[2] <= unmoved and epochs[1] != epochs[2]
 
 
 def test_recipes_are_configs_and_grids():

@@ -48,8 +48,8 @@ class Distillation:
     """The loss of a student whose targets are a teacher's logits (Hinton et al. 2015).
 
     ``data``: the student's training data. The teacher's ``logits`` (views, N, num_classes), float16, are numbered as in
-    ``augment.view``; endless views have one number, anew in every epoch. They are kept in the data folder. ``sha256``
-    is that of the logits, or with endless views that of the weights.
+    ``augment.view``; endless views have one number, anew in every epoch. They are kept in the data folder. ``seen``:
+    those of the present epoch's views. ``sha256`` is that of the logits, or with endless views that of the weights.
 
     Raises ValueError if there is no such teacher, or if it was trained on other images than ``data``'s; OSError.
     """
@@ -65,19 +65,22 @@ class Distillation:
         self.model = _conv_net(path, self.weights, data).to(device).requires_grad_(False)
         self.endless = bool(config.affine or config.erase)
         if not self.endless:
-            self.logits = self._kept(data, 2 if config.flip else 1, config.shift)
+            self.seen = self.logits = self._kept(data, 2 if config.flip else 1, config.shift)
             content = self.logits.cpu().numpy().tobytes()
             self.sha256 = hashlib.sha256(content).hexdigest()  # the logits may differ between machines
 
     def see(self, epoch: int) -> tuple[Data, Config]:
         """Return the data and the config to train with in this epoch, whose endless views are drawn here."""
+        config = self.config.of_epoch(epoch)
         if not self.endless:
-            return self.data, self.config
+            shifts = (2 * self.config.shift + 1) ** 2  # of which the one in the middle moves nothing
+            self.seen = self.logits if config.shift == self.config.shift else self.logits[shifts // 2 :: shifts]
+            return self.data, config
         generator = torch.Generator().manual_seed(epoch)
-        views = [augmented_images(images, self.config, generator)[0] for images in self.data.train_images.split(CHUNK)]
+        views = [augmented_images(images, config, generator)[0] for images in self.data.train_images.split(CHUNK)]
         seen = replace(self.data, train_images=torch.cat(views).round().byte())
-        self.logits = self._kept(seen, 1, 0)
-        return seen, replace(self.config, flip=False, shift=0, affine=0.0, erase=0)
+        self.seen = self._kept(seen, 1, 0)
+        return seen, replace(config, flip=False, shift=0, affine=0.0, erase=0)
 
     def _kept(self, data: Data, mirrored: int, shift: int) -> Tensor:
         """The teacher's logits for all views of the training images, computed unless they are kept."""
@@ -100,7 +103,7 @@ class Distillation:
     def targets(self, batch: Batch) -> Tensor:
         """The teacher's logits (B, num_classes), float32, for the same inputs that the student sees."""
         if batch.share == 1:
-            return self.logits[batch.views.to(self.logits.device), batch.index].float()
+            return self.seen[batch.views.to(self.seen.device), batch.index].float()
         with autocast(batch.inputs.device, self.precision):
             return self.model(batch.inputs)
 
