@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from mixer.config import RECIPES, Config, grid
 from mixer.data import normalise
 from mixer.model import MlpMixer
 from mixer.prediction import load_model
-from mixer.records import RESULTS, read_record, record_path, weights_path
+from mixer.records import RESULTS, read_record, read_records, record_path, weights_path
 from mixer.studies import ending, experiments
 from mixer.studies.experiments import EXPERIMENTS, WITHOUT, Stage, main
 from mixer.system.files import PROJECT
@@ -69,7 +70,10 @@ def test_patches_with_channels_in_step_keep_the_parameters():
 def test_endings_begin_with_the_shipped_weights_and_are_trained_once(data, tmp_path, monkeypatch):
     config = replace(ending.ENDINGS["labels"], num_epochs=1)
     few, two = first_images(data, 500, 500), {"teacher": config, "teacher, another seed": replace(config, seed=1)}
-    settings = {"FOLDER": tmp_path, "MEAN": tmp_path / "mean.json", "SHIPPED": tmp_path, "ENDINGS": two}
+    wrong = F.one_hot((few.train_labels + 1) % 10)  # what a teacher that is always mistaken says of the first view
+    settings = {"FOLDER": tmp_path, "MEAN": tmp_path / "mean.json", "SHIPPED": tmp_path}
+    settings["ENDINGS"] = two | {ending.RELABELLED: config}
+    settings["Distillation"] = lambda *_: SimpleNamespace(logits=[wrong])
     for name, value in settings.items():
         monkeypatch.setattr(ending, name, value)
     monkeypatch.setattr(ending.fashion_mnist, "load", lambda device="cpu": few)
@@ -77,6 +81,9 @@ def test_endings_begin_with_the_shipped_weights_and_are_trained_once(data, tmp_p
     records = [read_record(record_path(config, tmp_path)) for config in two.values()]
     assert all(record["history"][0]["test_accuracy"] > 0.9 for record in records)
     assert all("recipe.safetensors" in record["model"] for record in records)
+    [relabelled] = read_records(tmp_path / "relabelled")
+    assert relabelled["environment"]["data"].endswith("labels by the teacher")
+    assert relabelled["history"][0]["train_accuracy"] < 0.5 < 0.9 < records[0]["history"][0]["train_accuracy"]
     one, other = (load_model(last_weights(weights_path(config, tmp_path))) for config in two.values())
     vectors = [parameters_to_vector(model.parameters()) for model in (one, other)]
     vector_to_parameters(sum(vectors) / 2, one.parameters())

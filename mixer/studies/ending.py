@@ -9,14 +9,16 @@ import json
 import logging
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from mixer import data as fashion_mnist
+from mixer.baselines.distillation import Distillation
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
-from mixer.data import DataError
+from mixer.data import Data, DataError
 from mixer.prediction import load_model, predict
 from mixer.records import RESULTS, record_path, weights_path, write_record
 from mixer.system.files import SHIPPED, write_whole
@@ -33,7 +35,20 @@ ENDINGS["teacher, another seed"] = replace(ENDINGS["teacher"], seed=1)
 ENDINGS |= {f"{name}, with shifts": replace(ENDINGS[name], shift=1) for name in ("teacher", "teacher, another seed")}
 ENDINGS["teacher, sharpness-aware"] = replace(ENDINGS["teacher"], sam_radius=0.1)
 ENDINGS["teacher, twelve epochs"] = replace(ENDINGS["teacher"], num_epochs=12, lr=0.008)
-MEAN = FOLDER / "mean.json"
+RELABELLED, MEAN = "labels by the teacher", FOLDER / "mean.json"
+ENDINGS[RELABELLED] = ENDINGS["labels"]
+
+
+def folder(name: str) -> Path:
+    """Folder of an ending's record. Two endings have the same config, since the labels are not part of it."""
+    return FOLDER / "relabelled" if name == RELABELLED else FOLDER
+
+
+def relabelled() -> Data:
+    """Fashion-MNIST with the classes that the teacher gives the training images."""
+    data = fashion_mnist.load()
+    logits = Distillation(ENDINGS["teacher"], data, torch.device("cpu"), "float32").logits[0]
+    return replace(data, train_labels=logits.argmax(dim=1), name=f"{data.name}, {RELABELLED}")
 
 
 def mean_of_two() -> dict[str, float]:
@@ -52,11 +67,12 @@ def mean_of_two() -> dict[str, float]:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name, config in ENDINGS.items():
-        path, weights = record_path(config, FOLDER), weights_path(config, FOLDER)
+        path, weights = record_path(config, folder(name)), weights_path(config, folder(name))
         if path.exists():
             continue
         try:
-            record = train(config, model=load_model(BEGIN), weights=weights)
+            data = relabelled() if name == RELABELLED else None
+            record = train(config, model=load_model(BEGIN), data=data, weights=weights)
             if name == "teacher":
                 write_whole(SHIPPED / "ending.safetensors", last_weights(weights).read_bytes())
             write_record(record | {"model": f"MlpMixer, trained from {BEGIN.name}"}, path)
