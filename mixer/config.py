@@ -89,7 +89,7 @@ class Config:
     affine: float = _training(0.0, "largest change of an entry in a training image's affine map, say 0.1")
     erase: int = _training(0, "side of the square erased from each training image, in pixels (cutout)")
     mixup_prob: float = _training(0.0, "probability of mixing a batch with itself in reverse order (mixup)")
-    plain_epochs: int = _training(0, "the last epochs, in which training images are at most mirrored")
+    plain_epochs: int = _training(0, "number of last epochs in which training images are at most mirrored")
     label_smoothing: float = _training(0.0, "share of the target spread evenly over all classes")
     network: Literal["mixer", "mlp", "conv"] = _model("mixer", "mlp and conv are baselines, each of a fixed size")
     teacher: str = _training("", "network to distil from, by name, in place of the labels")
@@ -122,9 +122,9 @@ class Config:
         self._keep("mixup_prob", _real, lambda p: 0 <= p <= 1, "a number from 0.0 to 1.0")
         for name in ("dropout_p", "label_smoothing", "ema_decay", "affine"):
             self._keep(name, _real, lambda share: 0 <= share < 1, "a number from 0.0 to below 1")
-        self._keep("plain_epochs", _whole, lambda n: 0 <= n <= self.num_epochs, "a whole number up to num_epochs")
+        self._keep("plain_epochs", _whole, lambda n: 0 <= n <= self.num_epochs, "a whole number from 0 to num_epochs")
         if self.plain_epochs and not any(getattr(self, name) for name in _PLAIN):
-            raise ValueError(f"plain_epochs applies only with {', '.join(_PLAIN)}; set one of them, or remove it")
+            raise ValueError("plain_epochs applies only with shift, affine, erase or mixup_prob; set one, or remove it")
         if self.temperature != 1 and not self.teacher:
             raise ValueError("temperature applies only with a teacher; name one, or remove it")
         if self.teacher and self.label_smoothing:
