@@ -52,7 +52,7 @@ WIDER = {  # networks of as many multiplications
     "32 channels": {"num_channels": 32, "patches_mlp_dim": 512, "channels_mlp_dim": 256},
     "64 channels": {"num_channels": 64, "patches_mlp_dim": 256, "channels_mlp_dim": 128},
 }
-PLAIN = {"num_epochs": 60, "plain_epochs": 10}
+PLAIN = {"num_epochs": 60, "plain_epochs": 8}
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
     "weight decay": {"weight_decay": 0.0},
