@@ -66,22 +66,22 @@ def mean_of_two() -> dict[str, float]:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name, config in ENDINGS.items():
-        path, weights = record_path(config, folder(name)), weights_path(config, folder(name))
-        if path.exists():
-            continue
-        try:
+    try:
+        for name, config in ENDINGS.items():
+            path, weights = record_path(config, folder(name)), weights_path(config, folder(name))
+            if path.exists():
+                continue
             data = relabelled() if name == RELABELLED else None
             record = train(config, model=load_model(BEGIN), data=data, weights=weights)
             if name == "teacher":
                 write_whole(SHIPPED / "ending.safetensors", last_weights(weights).read_bytes())
             write_record(record | {"model": f"MlpMixer, trained from {BEGIN.name}"}, path)
-        except (DataError, ValueError, OSError) as error:
-            sys.exit(str(error))
-        except KeyboardInterrupt:
-            sys.exit("Stopped; the same command trains what is missing, this run from its first epoch.")
-    if not MEAN.exists():
-        write_whole(MEAN, json.dumps(mean_of_two(), indent=1).encode() + b"\n")
+        if not MEAN.exists():
+            write_whole(MEAN, json.dumps(mean_of_two(), indent=1).encode() + b"\n")
+    except (DataError, ValueError, OSError) as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command trains what is missing, this run from its first epoch.")
 
 
 if __name__ == "__main__":
