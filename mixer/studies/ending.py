@@ -35,6 +35,7 @@ ENDINGS["teacher, another seed"] = replace(ENDINGS["teacher"], seed=1)
 ENDINGS |= {f"{name}, with shifts": replace(ENDINGS[name], shift=1) for name in ("teacher", "teacher, another seed")}
 ENDINGS["teacher, sharpness-aware"] = replace(ENDINGS["teacher"], sam_radius=0.1)
 ENDINGS["teacher, twelve epochs"] = replace(ENDINGS["teacher"], num_epochs=12, lr=0.008)
+ENDINGS["teacher and mixup"] = replace(ENDINGS["teacher"], mixup_prob=0.5)
 RELABELLED, MEAN = "labels by the teacher", FOLDER / "mean.json"
 ENDINGS[RELABELLED] = ENDINGS["labels"]
 
