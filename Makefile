@@ -5,7 +5,8 @@
 #                 make second-round: those planned in its appendix
 # make recipe     train the missing runs of notebooks/recipe.ipynb, the most important ones first;
 #                 make trial-speedrun, trial-teachers, trial-students: those on the validation split;
-#                 make students: the five of the student that is planned there last
+#                 make three-teachers: two more networks, for a teacher of three
+#                 make students: the five with plain last epochs that are planned there
 # make data       download Fashion-MNIST into data/
 # make bench      measure the fast path on this machine
 # make speedrun   measure the time to the coursework's accuracy on this machine
@@ -21,7 +22,7 @@ RESULTS := $(wildcard mixer/weights/*.safetensors results/*.json results/*/*.jso
 EXECUTED := $(NOTEBOOKS:notebooks/%=build/%)
 
 .NOTPARALLEL:  # every notebook writes a table into README.md
-.PHONY: report test grid questions second-round recipe trial-speedrun trial-teachers trial-students students data bench speedrun notebook clean help
+.PHONY: report test grid questions second-round recipe trial-speedrun trial-teachers trial-students three-teachers students data bench speedrun notebook clean help
 .DELETE_ON_ERROR:
 
 report: build/report
@@ -50,7 +51,7 @@ APT = if [ "$$(id -u)" = 0 ]; then apt=apt-get; elif sudo -n true 2>/dev/null; t
 data: .venv/installed
 	@$(BIN)/python -m mixer.data
 
-grid questions second-round recipe trial-speedrun trial-teachers trial-students students: .venv/installed
+grid questions second-round recipe trial-speedrun trial-teachers trial-students three-teachers students: .venv/installed
 	$(BIN)/python -m mixer.studies.experiments $(subst -, ,$@)
 
 bench: .venv/installed-dev

@@ -11,7 +11,7 @@ from test_training import timeless
 
 from mixer.augment import augmented, view
 from mixer.baselines import distillation
-from mixer.baselines.distillation import Distillation, soft_target_loss
+from mixer.baselines.distillation import Distillation, joined, soft_target_loss
 from mixer.baselines.networks import ConvNet
 from mixer.checkpoint import last_weights
 from mixer.config import Config
@@ -127,6 +127,18 @@ def test_keeps_the_teachers_logits_unless_they_are_damaged(hundred, taught, tmp_
         assert taught_by_little(hundred).sha256 == first.sha256
     kept.write_bytes(kept.read_bytes()[:-1])
     assert torch.equal(taught_by_little(hundred).logits, first.logits)
+
+
+def test_several_joined_teachers_are_one_whose_logits_are_the_mean(hundred, taught, tmp_path):
+    other = ConvNet(generator=torch.Generator().manual_seed(1))
+    (tmp_path / "other.safetensors").write_bytes(save({k: w.contiguous() for k, w in other.state_dict().items()}))
+    paths = [tmp_path / f"{name}.safetensors" for name in ("little", "other")]
+    alone = taught_by_little(hundred).logits[0].float()
+    paths[0].write_bytes(joined(paths))
+    together = taught_by_little(hundred).logits[0].float()
+    with torch.inference_mode():
+        second = other.eval()(normalise(hundred.train_images, hundred.pixel_mean, hundred.pixel_std))
+    torch.testing.assert_close(together, (alone + second) / 2, atol=2e-3, rtol=2e-3)
 
 
 def test_rejects_a_missing_teacher_and_a_file_that_is_none(hundred, taught, tmp_path):

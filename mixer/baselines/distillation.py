@@ -16,14 +16,15 @@ The teacher is trained like any run, with ``Config(network="conv")``, on the ima
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
-from torch import Tensor
+from safetensors.torch import load, save
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixer.augment import Batch, augmented_images, view
@@ -114,10 +115,28 @@ def soft_target_loss(logits: Tensor, targets: Tensor, temperature: float) -> Ten
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
-    model = ConvNet(data.num_classes, in_channels=data.in_channels)
+class Together(nn.ModuleList):
+    """Several networks as one: (B, in_channels, H, W) -> the mean of their logits (B, num_classes)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([network(images) for network in self]).mean(dim=0)
+
+
+def joined(paths: Sequence[Path]) -> bytes:
+    """The content of a teacher's file that holds the networks of several, which were trained on the same images."""
+    with safe_open(paths[0], "pt") as file:
+        origin = file.metadata()
+    networks = [load(path.read_bytes()) for path in paths]
+    return save({f"{n}.{key}": w for n, network in enumerate(networks) for key, w in network.items()}, origin)
+
+
+def _conv_net(path: Path, weights: bytes, data: Data) -> nn.Module:
     try:
-        model.load_state_dict(load(weights))
+        state = load(weights)
+        count = len({key.partition(".")[0] for key in state if key[0].isdigit()})  # 0: not joined
+        networks = [ConvNet(data.num_classes, in_channels=data.in_channels) for _ in range(max(count, 1))]
+        model = Together(networks) if count else networks[0]
+        model.load_state_dict(state)
         with safe_open(path, "pt") as file:
             origin = json.loads(file.metadata()["mixer"])
         seen = [origin[name] for name in ("data_sha256", "pixel_mean", "pixel_std")]
@@ -129,7 +148,7 @@ def _conv_net(path: Path, weights: bytes, data: Data) -> ConvNet:
     return model.eval()
 
 
-def _logits(model: ConvNet, data: Data, views: int, shift: int, precision: str) -> Tensor:
+def _logits(model: nn.Module, data: Data, views: int, shift: int, precision: str) -> Tensor:
     device = data.train_images.device
     batches = data.train_images.split(100 if device.type == "cpu" else CHUNK)  # a CPU keeps a hundred in its cache
     logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)

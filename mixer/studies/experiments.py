@@ -15,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixer.baselines.distillation import weights_of
+from mixer.baselines.distillation import joined, weights_of
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
 from mixer.data import DataError, prepare
@@ -215,6 +215,19 @@ def keep_best() -> None:
         write_whole(SHIPPED / "best.safetensors", weights.read_bytes())
 
 
+def more_teachers() -> Sets:
+    """The two that are joined with the recipe's teacher."""
+    return sets([1, 2], RECIPES["teacher"], length={"short": {"num_epochs": 12}})
+
+
+def join_teachers() -> None:
+    """Write the teacher "three", if this machine has trained the two that it needs besides "conv"."""
+    [configs] = more_teachers().values()
+    weights = [weights_of("conv"), *(last_weights(weights_path(config, RESULTS / "recipe")) for config in configs)]
+    if all(path.exists() for path in weights):
+        write_whole(weights_of("three"), joined(weights))
+
+
 def found(folders: Iterable[str] = ()) -> dict[Config, Record]:
     """Records of the grid and of these folders in ``results``, by config, and cut to their first 8 and 10 epochs.
 
@@ -255,6 +268,7 @@ def _experiments() -> dict[str, list[Stage]]:
             for name, settings in held_out.items()
         ],
         "trial students": [Stage(folder, student_trials())],
+        "three teachers": [Stage(folder, {"two more": more_teachers()}, then=join_teachers)],
         "students": [Stage(folder, {"last epochs plain": sets(range(5), RECIPES["patient"], change={"plain": PLAIN})})],
     }
 
