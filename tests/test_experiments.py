@@ -3,8 +3,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.nn.functional as F
 from conftest import first_images
+from safetensors.torch import load, save
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from mixer.checkpoint import last_weights
@@ -60,6 +62,21 @@ def test_trains_missing_runs_and_keeps_the_last_weights(tmp_path, monkeypatch):
     assert trained == [([missing], tmp_path), "and then"] and kept.read_text() == "x"
 
 
+def test_joins_three_teachers_once_all_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "weights_of", lambda name: tmp_path / f"{name}.safetensors")
+    configs = [config for configs in experiments.more_teachers().values() for config in configs]
+    paths = [tmp_path / "conv.safetensors", *(last_weights(weights_path(c, tmp_path / "recipe")) for c in configs)]
+    for number, path in enumerate(paths):
+        experiments.join_teachers()
+        assert not (tmp_path / "three.safetensors").exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(save({"weight": torch.tensor([number])}, {"mixer": "{}"}))
+    experiments.join_teachers()
+    three = load((tmp_path / "three.safetensors").read_bytes())
+    assert three == {f"{number}.weight": number for number in range(3)}
+
+
 def test_patches_with_channels_in_step_keep_the_parameters():
     for size, (channels, tokens_dim, channels_dim) in experiments.IN_STEP.items():
         widths = {"num_channels": channels, "patches_mlp_dim": tokens_dim, "channels_mlp_dim": channels_dim}
@@ -71,9 +88,10 @@ def test_endings_begin_with_the_shipped_weights_and_are_trained_once(data, tmp_p
     config = replace(ending.ENDINGS["labels"], num_epochs=1)
     few, two = first_images(data, 500, 500), {"teacher": config, "teacher, another seed": replace(config, seed=1)}
     wrong = F.one_hot((few.train_labels + 1) % 10)  # what a teacher that is always mistaken says of the first view
-    settings = {"FOLDER": tmp_path, "MEAN": tmp_path / "mean.json", "SHIPPED": tmp_path}
+    settings = {name: tmp_path / f"{name}.json" for name in ("MEAN", "AGREEMENT")}
+    settings |= {"FOLDER": tmp_path, "SHIPPED": tmp_path}
     settings["ENDINGS"] = two | {ending.RELABELLED: config}
-    settings["Distillation"] = lambda *_: SimpleNamespace(logits=[wrong])
+    settings["Distillation"] = lambda *_: SimpleNamespace(logits=[wrong], model=load_model(ending.BEGIN).eval())
     for name, value in settings.items():
         monkeypatch.setattr(ending, name, value)
     monkeypatch.setattr(ending.fashion_mnist, "load", lambda device="cpu": few)
@@ -89,5 +107,7 @@ def test_endings_begin_with_the_shipped_weights_and_are_trained_once(data, tmp_p
     vector_to_parameters(sum(vectors) / 2, one.parameters())
     expected = F.cross_entropy(one.eval()(normalise(few.test_images)), few.test_labels).item()
     assert json.loads(settings["MEAN"].read_text())["test_loss"] == pytest.approx(expected, rel=1e-4)
+    shares = json.loads(settings["AGREEMENT"].read_text())["none"]
+    assert shares["test images"] == 1 and shares["training images"] < 0.1
     monkeypatch.setattr(ending, "train", None)
     ending.main()

@@ -4,7 +4,8 @@ As in Beyer et al. 2021 (arXiv:2106.05237, "a good teacher is patient and consis
 same augmented view of an image, and the teacher's soft targets replace the label. The teacher takes as long as the
 student, so its logits are computed once and kept. Flips and shifts give each image few views (50 with shifts of up to
 two pixels). Warped and erased images never recur. They are drawn by epoch and not by seed, so all students of a teacher
-see the same view of an image in the same epoch. The teacher sees mixed images live.
+see the same view of an image in the same epoch. The teacher sees mixed images live. A teacher can be several networks
+whose logits are averaged (``joined``).
 
 The teacher is trained like any run, with ``Config(network="conv")``, on the images that its student will see:
 
@@ -133,7 +134,7 @@ def joined(paths: Sequence[Path]) -> bytes:
 def _conv_net(path: Path, weights: bytes, data: Data) -> nn.Module:
     try:
         state = load(weights)
-        count = len({key.partition(".")[0] for key in state if key[0].isdigit()})  # 0: not joined
+        count = len({key.partition(".")[0] for key in state if key[:1].isdigit()})  # 0: not joined
         networks = [ConvNet(data.num_classes, in_channels=data.in_channels) for _ in range(max(count, 1))]
         model = Together(networks) if count else networks[0]
         model.load_state_dict(state)

@@ -18,7 +18,7 @@ from mixer import data as fashion_mnist
 from mixer.baselines.distillation import Distillation
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
-from mixer.data import Data, DataError
+from mixer.data import Data, DataError, normalise
 from mixer.prediction import load_model, predict
 from mixer.records import RESULTS, record_path, weights_path, write_record
 from mixer.system.files import SHIPPED, write_whole
@@ -36,7 +36,7 @@ ENDINGS |= {f"{name}, with shifts": replace(ENDINGS[name], shift=1) for name in 
 ENDINGS["teacher, sharpness-aware"] = replace(ENDINGS["teacher"], sam_radius=0.1)
 ENDINGS["teacher, twelve epochs"] = replace(ENDINGS["teacher"], num_epochs=12, lr=0.008)
 ENDINGS["teacher and mixup"] = replace(ENDINGS["teacher"], mixup_prob=0.5)
-RELABELLED, MEAN = "labels by the teacher", FOLDER / "mean.json"
+RELABELLED, MEAN, AGREEMENT = "labels by the teacher", FOLDER / "mean.json", FOLDER / "agreement.json"
 ENDINGS[RELABELLED] = ENDINGS["labels"]
 
 
@@ -65,6 +65,22 @@ def mean_of_two() -> dict[str, float]:
     return {"test_loss": F.cross_entropy(logits, data.test_labels).item(), "test_accuracy": correct.item()}
 
 
+def agreement() -> dict[str, dict[str, float]]:
+    """Share of images that get the teacher's class, before the endings and after the first with a teacher."""
+    data = fashion_mnist.load()
+    teacher = Distillation(ENDINGS["teacher"], data, torch.device("cpu"), "float32")
+    inputs = (normalise(images, data.pixel_mean, data.pixel_std) for images in data.test_images.split(100))
+    with torch.inference_mode():
+        logits = {"test images": torch.cat([teacher.model(each) for each in inputs])}
+    logits["training images"], shares = teacher.logits[0], {}
+    for name, weights in {"none": BEGIN, "teacher": SHIPPED / "ending.safetensors"}.items():
+        answers = {"test images": data.test_images, "training images": data.train_images}
+        answers = {key: torch.cat(list(predict(load_model(weights), images))) for key, images in answers.items()}
+        same = {key: answers[key].argmax(dim=1) == logits[key].argmax(dim=1) for key in answers}
+        shares[name] = {key: each.double().mean().item() for key, each in same.items()}
+    return shares
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -77,8 +93,9 @@ def main() -> None:
             if name == "teacher":
                 write_whole(SHIPPED / "ending.safetensors", last_weights(weights).read_bytes())
             write_record(record | {"model": f"MlpMixer, trained from {BEGIN.name}"}, path)
-        if not MEAN.exists():
-            write_whole(MEAN, json.dumps(mean_of_two(), indent=1).encode() + b"\n")
+        for path, compute in {MEAN: mean_of_two, AGREEMENT: agreement}.items():
+            if not path.exists():
+                write_whole(path, json.dumps(compute(), indent=1).encode() + b"\n")
     except (DataError, ValueError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
