@@ -36,6 +36,7 @@ ENDINGS |= {f"{name}, with shifts": replace(ENDINGS[name], shift=1) for name in 
 ENDINGS["teacher, sharpness-aware"] = replace(ENDINGS["teacher"], sam_radius=0.1)
 ENDINGS["teacher, twelve epochs"] = replace(ENDINGS["teacher"], num_epochs=12, lr=0.008)
 ENDINGS["teacher and mixup"] = replace(ENDINGS["teacher"], mixup_prob=0.5)
+ENDINGS["teacher, stretched images"] = replace(ENDINGS["teacher"], affine=0.05)
 RELABELLED, MEAN, AGREEMENT = "labels by the teacher", FOLDER / "mean.json", FOLDER / "agreement.json"
 ENDINGS[RELABELLED] = ENDINGS["labels"]
 
