@@ -70,15 +70,16 @@ def agreement() -> dict[str, dict[str, float]]:
     """Share of images that get the teacher's class, before the endings and after the first with a teacher."""
     data = fashion_mnist.load()
     teacher = Distillation(ENDINGS["teacher"], data, torch.device("cpu"), "float32")
-    inputs = (normalise(images, data.pixel_mean, data.pixel_std) for images in data.test_images.split(100))
     with torch.inference_mode():
-        logits = {"test images": torch.cat([teacher.model(each) for each in inputs])}
-    logits["training images"], shares = teacher.logits[0], {}
+        batches = [normalise(images, data.pixel_mean, data.pixel_std) for images in data.test_images.split(100)]
+        on_test = torch.cat([teacher.model(inputs) for inputs in batches])
+    asked = {"test images": (data.test_images, on_test), "training images": (data.train_images, teacher.logits[0])}
+    shares: dict[str, dict[str, float]] = {}
     for name, weights in {"none": BEGIN, "teacher": SHIPPED / "ending.safetensors"}.items():
-        answers = {"test images": data.test_images, "training images": data.train_images}
-        answers = {key: torch.cat(list(predict(load_model(weights), images))) for key, images in answers.items()}
-        same = {key: answers[key].argmax(dim=1) == logits[key].argmax(dim=1) for key in answers}
-        shares[name] = {key: each.double().mean().item() for key, each in same.items()}
+        model, shares[name] = load_model(weights), {}
+        for which, (images, wanted) in asked.items():
+            same = torch.cat(list(predict(model, images))).argmax(dim=1) == wanted.argmax(dim=1)
+            shares[name][which] = same.double().mean().item()
     return shares
 
 
