@@ -62,9 +62,12 @@ def test_trains_missing_runs_and_keeps_the_last_weights(tmp_path, monkeypatch):
     assert trained == [([missing], tmp_path), "and then"] and kept.read_text() == "x"
 
 
-def test_joins_three_teachers_once_all_are_there(tmp_path, monkeypatch):
+def test_joins_and_tests_three_teachers_once_all_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    monkeypatch.setattr(experiments, "THREE", tmp_path / "three.json")
     monkeypatch.setattr(experiments, "weights_of", lambda name: tmp_path / f"{name}.safetensors")
+    monkeypatch.setattr(experiments, "load_teacher", lambda path, content, data: load(content))
+    monkeypatch.setattr(experiments, "tested", lambda model, data: {"networks": len(model)})
     configs = [config for configs in experiments.more_teachers().values() for config in configs]
     paths = [tmp_path / "conv.safetensors", *(last_weights(weights_path(c, tmp_path / "recipe")) for c in configs)]
     for number, path in enumerate(paths):
@@ -75,6 +78,7 @@ def test_joins_three_teachers_once_all_are_there(tmp_path, monkeypatch):
     experiments.join_teachers()
     three = load((tmp_path / "three.safetensors").read_bytes())
     assert three == {f"{number}.weight": number for number in range(3)}
+    assert json.loads((tmp_path / "three.json").read_text()) == {"networks": 3}
 
 
 def test_patches_with_channels_in_step_keep_the_parameters():

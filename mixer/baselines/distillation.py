@@ -64,7 +64,7 @@ class Distillation:
             raise ValueError(f"there is no teacher {path} ({error.strerror}): {HOW}") from None
         self.weights_sha256 = self.sha256 = hashlib.sha256(self.weights).hexdigest()
         self.config, self.data, self.precision = config, data, precision
-        self.model = _network(path, self.weights, data).to(device).requires_grad_(False)
+        self.model = load_teacher(path, self.weights, data).to(device).requires_grad_(False)
         self.endless = bool(config.affine or config.erase)
         if not self.endless:
             self.seen = self.logits = self._kept(data, 2 if config.flip else 1, config.shift)
@@ -131,7 +131,8 @@ def joined(paths: Sequence[Path]) -> bytes:
     return save({f"{n}.{key}": w for n, network in enumerate(networks) for key, w in network.items()}, origin)
 
 
-def _network(path: Path, weights: bytes, data: Data) -> nn.Module:
+def load_teacher(path: Path, weights: bytes, data: Data) -> nn.Module:
+    """Build a teacher from its file's content. Raises ValueError if it was trained on other images than ``data``'s."""
     try:
         state = load(weights)
         count = len({key.partition(".")[0] for key in state if key[:1].isdigit()})  # 0: not joined

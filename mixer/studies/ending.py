@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mixer import data as fashion_mnist
 from mixer.baselines.distillation import Distillation
@@ -57,10 +58,14 @@ def mean_of_two() -> dict[str, float]:
     """Test the network whose weights are the mean of the first two endings with the teacher (a model soup)."""
     models = [load_model(SHIPPED / "ending.safetensors")]
     models.append(load_model(last_weights(weights_path(ENDINGS["teacher, another seed"], FOLDER))))
-    model, data = models[0], fashion_mnist.load()
     with torch.no_grad():
-        for weight, other in zip(model.parameters(), models[1].parameters(), strict=True):
+        for weight, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
             weight.lerp_(other, 0.5)
+    return tested(models[0], fashion_mnist.load())
+
+
+def tested(model: nn.Module, data: Data) -> dict[str, float]:
+    """Mean loss and accuracy on the test images."""
     logits = torch.cat(list(predict(model, data.test_images)))
     correct = (logits.argmax(dim=1) == data.test_labels).double().mean()
     return {"test_loss": F.cross_entropy(logits, data.test_labels).item(), "test_accuracy": correct.item()}

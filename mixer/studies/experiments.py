@@ -7,6 +7,7 @@ python -m mixer.studies.experiments questions --list    lists finished and missi
 
 import argparse
 import difflib
+import json
 import logging
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -15,13 +16,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixer.baselines.distillation import joined, weights_of
+from mixer import data as fashion_mnist
+from mixer.baselines.distillation import WEIGHTS, joined, load_teacher, weights_of
 from mixer.checkpoint import last_weights
 from mixer.config import RECIPES, Config
 from mixer.data import DataError, prepare
 from mixer.records import RESULTS, Record, best, brought, coursework, read_records, record_path, weights_path
 from mixer.runner import GridError, check_code, run_grid
 from mixer.studies import gradients, label_errors, shuffle
+from mixer.studies.ending import tested
 from mixer.system.affinity import cores
 from mixer.system.device import find_device
 from mixer.system.files import PROJECT, SHIPPED, write_whole
@@ -53,6 +56,7 @@ WIDER = {  # networks of as many multiplications
     "64 channels": {"num_channels": 64, "patches_mlp_dim": 256, "channels_mlp_dim": 128},
 }
 PLAIN = {"num_epochs": 60, "plain_epochs": 8}
+THREE = WEIGHTS / "three.json"  # what the mean of three teachers' logits reaches on the test images
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
     "weight decay": {"weight_decay": 0.0},
@@ -221,11 +225,14 @@ def more_teachers() -> Sets:
 
 
 def join_teachers() -> None:
-    """Write the teacher "three", if this machine has trained the two that it needs besides "conv"."""
+    """Write and test the teacher "three", if this machine has trained the two that it needs besides "conv"."""
     [configs] = more_teachers().values()
     weights = [weights_of("conv"), *(last_weights(weights_path(config, RESULTS / "recipe")) for config in configs)]
     if all(path.exists() for path in weights):
         write_whole(weights_of("three"), joined(weights))
+        data = fashion_mnist.load()
+        result = tested(load_teacher(weights_of("three"), weights_of("three").read_bytes(), data), data)
+        write_whole(THREE, json.dumps(result, indent=1).encode() + b"\n")
 
 
 def found(folders: Iterable[str] = ()) -> dict[Config, Record]:
