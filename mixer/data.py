@@ -32,7 +32,8 @@ class Data:
 
     Images are (N, H, W), or (N, 3, H, W) in colour. ``pixel_mean`` and ``pixel_std``, for :func:`normalise`, are
     fractions of 255. By default they are computed from the training images, over all channels, to four decimals.
-    Raises ValueError naming the field that does not fit.
+    ``num_classes`` is by default the largest label plus 1; a part of the data keeps that of the whole. Raises
+    ValueError naming the field that does not fit.
     """
 
     train_images: Tensor
@@ -42,6 +43,7 @@ class Data:
     name: str = "data given by the caller"
     pixel_mean: float | None = None
     pixel_std: float | None = None
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         for field, dtype, ndim in zip(TENSORS, 2 * [torch.uint8, torch.int64], 2 * [3, 1], strict=True):
@@ -60,6 +62,11 @@ class Data:
         train, test = tuple(self.train_images.shape[1:]), tuple(self.test_images.shape[1:])
         if train != test:
             raise ValueError(f"test_images must have the size of train_images, {train}, not {test}")
+        labels = 1 + max(int(self.train_labels.max()), int(self.test_labels.max()))
+        if self.num_classes is None:
+            object.__setattr__(self, "num_classes", labels)
+        elif not isinstance(self.num_classes, int) or self.num_classes < labels:
+            raise ValueError(f"num_classes is {self.num_classes!r:.100}, but the largest label needs {labels}")
         object.__setattr__(self, "name", str(self.name))
         given = self.pixel_mean, self.pixel_std
         measured = _pixel_statistics(self.train_images) if any(value is None for value in given) else given
@@ -95,11 +102,6 @@ class Data:
                 images = images.movedim(3, 1).contiguous()
             tensors += [images, labels.long()]
         return cls(*tensors, name=_NAMES.get(name, name))
-
-    @property
-    def num_classes(self) -> int:
-        """The largest training or test label, plus 1."""
-        return 1 + max(int(self.train_labels.max()), int(self.test_labels.max()))
 
     @property
     def in_channels(self) -> int:
@@ -161,7 +163,8 @@ def validation_split(data: Data, seed: int = 0) -> Data:
         raise ValueError(f"the validation split is empty: each class needs at least 7 training images, not {most}")
     sides = [side.to(data.train_labels.device) for side in (~held_out, held_out)]
     parts = (tensor[side] for side in sides for tensor in (data.train_images, data.train_labels))
-    return Data(*parts, f"{data.name}, validation split (seed {seed})", data.pixel_mean, data.pixel_std)
+    whole = data.pixel_mean, data.pixel_std, data.num_classes
+    return Data(*parts, f"{data.name}, validation split (seed {seed})", *whole)
 
 
 def normalise(images: Tensor, mean: float = PIXEL_MEAN, std: float = PIXEL_STD) -> Tensor:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, as_completed
 from numbers import Integral
@@ -82,9 +83,10 @@ def run_grid(
     data = None if data is None else expand(data)
     jobs = min(jobs, len(missing))
     turns = {config: (n, len(missing), None if executor else jobs) for n, config in enumerate(missing, start=1)}
+    caller = platform.node(), os.getpid()
     how = {"device": device, "precision": precision, "data": data, "progress": progress, "turns": turns}
     try:
-        run = functools.partial(run_one, results=results, codes=fingerprints(configs, data), **how)
+        run = functools.partial(run_one, results=results, codes=fingerprints(configs, data), caller=caller, **how)
         return _run_all(configs, run, executor, jobs)
     except KeyboardInterrupt as stop:
         message = "Interrupted; the same grid resumes from here."
@@ -151,13 +153,15 @@ def run_one(
     precision: str | None = None,
     data: Path | None = None,
     codes: dict[Config, Fingerprint] | None = None,
+    caller: tuple[str, int] | None = None,
     turns: dict[Config, Turn] | None = None,
     progress: bool = True,
     wait: bool = True,
 ) -> Record | None:
     """Read or train the record of one run. Returns None if it is being trained elsewhere and ``wait`` is false.
 
-    codes: :func:`fingerprints` of the calling process. turns: the runs' places in the grid, for the progress bars.
+    codes: :func:`fingerprints` of the calling process. caller: its machine and number. turns: the runs' places in the
+    grid, for the progress bars.
     """
     code = (codes or {}).get(config)
     path = record_path(config, results)
@@ -171,7 +175,7 @@ def run_one(
                 return None
             if not os.path.lexists(path):  # not finished elsewhere while we waited
                 own = None if data is None else fashion_mnist.load_folder(data)
-                here = fingerprints([config], data).get(config) if position() is not None else code
+                here = fingerprints([config], data).get(config) if caller != (platform.node(), os.getpid()) else code
                 if code and here and differences(code, here, config):
                     raise ValueError(_CHANGED_HERE_ONLY)
                 turn = (turns or {}).get(config, (1, 1, 1))

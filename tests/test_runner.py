@@ -193,12 +193,16 @@ def test_fingerprint_shows_an_edit(number, monkeypatch):
     assert number in differences(before, fingerprints([config])[config], config)
 
 
+def test_trains_a_part_of_a_data_set_that_lacks_a_class(tmp_path, run):
+    [record] = run([tiny(limit=2)], tmp_path)  # labels 0 and 1 of three
+    assert run([tiny(limit=2)], tmp_path) == [record]
+
+
 def test_worker_refuses_to_train_a_changed_model(tmp_path, own_data, trained, monkeypatch):
     codes = fingerprints(TWO[:1], own_data)
     monkeypatch.setattr(MixerBlock, "forward", lambda block, x: x)
-    monkeypatch.setattr(runner, "position", lambda: 0)  # as in a worker
     with pytest.raises(ValueError, match="worker processes read the source files, and this process has other code"):
-        run_one(TWO[0], tmp_path, data=own_data, codes=codes)
+        run_one(TWO[0], tmp_path, data=own_data, codes=codes, caller=("another machine", 1))
     assert trained == []
 
 
