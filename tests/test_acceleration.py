@@ -3,6 +3,7 @@
 import random
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def edit(owner, forward):
 
 
 SAME = written()
-SIGNS = cycle([1, 1, -1])
+SIGNS, DRAWS = cycle([1, 1, -1]), np.random.default_rng(0)
 STOCHASTIC_DEPTH = lambda self, x: SAME(self, x) if torch.rand(()) < 1 else x  # noqa: E731
 TANH = written(lambda y: F.gelu(y, approximate="tanh"))
 DIFFERS = "its answers differ from the fast path's"
@@ -75,7 +76,14 @@ CHANGES = {
         edit(MixerBlock, lambda b, x: SAME(b, x) if b.training else x),
         "evaluation mode",
     ),
-    "Python's random numbers": (edit(MixerBlock, lambda b, x: SAME(b, x) if random.random() < 1 else x), "outside"),
+    "NumPy's generator": (
+        edit(MixerBlock, lambda b, x: SAME(b, x) if DRAWS.random() < 1 else x),
+        "generators of its own",
+    ),
+    "Python's random numbers": (
+        edit(MixerBlock, lambda b, x: SAME(b, x) if random.random() < 1 else x),
+        "generators of its own",
+    ),
     "another answer each time": (edit(MixerBlock, lambda self, x: SAME(self, next(SIGNS) * x)), "call to call"),
     "a forward of the model": (edit(MlpMixer, lambda self, x: 2 * self.classify(self.embed(x))), DIFFERS),
     "a forward of one block": (put("forward", lambda x: x), DIFFERS),

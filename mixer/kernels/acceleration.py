@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -166,12 +167,13 @@ def _compare(model: nn.Module, fast: Forward, images: Tensor) -> None:
         with torch.autocast(images.device.type, enabled=False):
             exact = copy.deepcopy(model).double()
             truth = _answers(exact, exact, images.double(), start)
-        outside = _outside_states()
+        outside = _outside_generators(model, start)
+        states = [get() for get, _ in outside]
         eager = _errors(_answers(model, model, images, start), truth)
-        if pickle.dumps(outside) != pickle.dumps(_outside_states()):
-            random.setstate(outside[0])
-            np.random.set_state(outside[1])  # noqa: NPY002
-            raise NotServed("it draws random numbers from outside PyTorch")
+        if pickle.dumps(states) != pickle.dumps([get() for get, _ in outside]):
+            for (_, put), state in zip(outside, states, strict=True):
+                put(state)
+            raise NotServed("it draws random numbers from generators of its own")
         drawn = [generator.get_state() for generator in start]
         errors = _errors(_answers(model, fast, images, start), truth)
         usual = statistics.median([error for error in eager if error] or [0.0])  # without those of frozen layers
@@ -213,9 +215,25 @@ def _error(one: Tensor | None, other: Tensor | None, least: float) -> float:
     return float((one - other).norm()) / max(float(other.norm()), least)
 
 
-def _outside_states() -> tuple[Any, Any]:
-    """The states of Python's and NumPy's random numbers, which a model may use in its ``forward``."""
-    return random.getstate(), np.random.get_state()  # noqa: NPY002
+def _outside_generators(model: nn.Module, known: States) -> list[tuple[Callable[[], Any], Callable[[Any], object]]]:
+    """How to get and set the state of each generator, besides the known ones, that a ``forward`` may draw from.
+
+    These are Python's and NumPy's, and those that a module holds or that its ``forward`` finds by name.
+    """
+    found: list = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state)]
+    held = [value for module in model.modules() for value in vars(module).values()]
+    for forward in {type(module).forward for module in model.modules()}:
+        held += getattr(forward, "__globals__", {}).values()
+        held += [cell.cell_contents for cell in getattr(forward, "__closure__", None) or ()]
+    for value in {id(value): value for value in held}.values():
+        if type(value) is random.Random:
+            found.append((value.getstate, value.setstate))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            found.append((partial(getattr, bits, "state"), partial(setattr, bits, "state")))
+        elif isinstance(value, torch.Generator) and value not in known:
+            found.append((value.get_state, value.set_state))
+    return found
 
 
 def _rewind(states: States) -> None:
