@@ -3,6 +3,7 @@
 ``run`` is always a ``training.Run``.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixer.fingerprint import differences
 from mixer.prediction import WITHOUT_TRACE, answers
@@ -42,20 +43,24 @@ def save(run: Any, path: Path) -> None:
 
 
 def resume(run: Any, path: Path) -> None:
-    """Restore a run from its checkpoint; if that cannot be used, a log line says why."""
+    """Restore a run from its checkpoint. One that cannot be used is kept beside it, and a log line says why.
+
+    So a run that was interrupted, edited, started again and edited back resumes where it was.
+    """
     try:
-        state = torch.load(io.BytesIO(unseal(path.read_bytes())), map_location=run.device, weights_only=True)
-        others = differences(run.fingerprint, state["fingerprint"], run.config)
-        if state["key"] != key(run) or (others and ("model" not in run.brought or others != ["weights"])):
-            raise ValueError("it was made with different code, data, settings, device or precision")
-        if _layout(run.model.state_dict(), run.optimisers) != _layout(state["model"], state["optimisers"]):
-            raise ValueError("the model or the optimiser has other parts")
+        state, others = _load(run, path)
     except FileNotFoundError:
         return
     except Exception as error:  # a damaged or foreign file can make torch.load raise anything
         reason = str(error).partition("\n")[0].rstrip(".")
-        log.warning("The checkpoint %s cannot be used, since %s: the run starts from the beginning.", path, reason)
-        return
+        earlier = _set_aside(run, path)
+        instead = "an earlier one resumes" if earlier else "it is kept as .old, and the run starts from the beginning"
+        log.warning("The checkpoint %s cannot be used, since %s: %s.", path, reason, instead)
+        if not earlier:
+            return
+        state, others = earlier
+    if hasattr(run.optimisers[0].step, "_wrapped_by_lr_sched"):
+        log.warning("A checkpoint does not hold learning-rate schedulers: yours starts anew.")
     run.model.load_state_dict(state["model"])
     if run.average is not None:
         run.average.load_state_dict(state["average"])
@@ -70,6 +75,31 @@ def resume(run: Any, path: Path) -> None:
     *run.earlier, last = json.loads(state["environments"])
     if last != run.environment:
         run.earlier.append({"epochs": run.epoch} | last)
+
+
+def _set_aside(run: Any, path: Path) -> tuple[dict[str, Any], list[str]] | None:
+    """Keep an unusable checkpoint as .old. If the one kept there before can be used, they change places."""
+    aside, other = path.with_name(f"{path.name}.old"), path.with_name(f"{path.name}.swapped")
+    try:
+        earlier = _load(run, aside)
+        aside.replace(other)
+    except Exception:  # there is none, or it cannot be used either
+        path.replace(aside)
+        return None
+    path.replace(aside)
+    other.replace(path)
+    return earlier
+
+
+def _load(run: Any, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Read a checkpoint, and in what it differs from the run. Raises ValueError if the run cannot resume from it."""
+    state = torch.load(io.BytesIO(unseal(path.read_bytes())), map_location=run.device, weights_only=True)
+    others = differences(run.fingerprint, state["fingerprint"], run.config)
+    if state["key"] != key(run) or (others and ("model" not in run.brought or others != ["weights"])):
+        raise ValueError("it was made with different code, data, settings, device or precision")
+    if _layout(run.model.state_dict(), run.optimisers) != _layout(state["model"], state["optimisers"]):
+        raise ValueError("the model or the optimiser has other parts")
+    return state, others
 
 
 def _layout(weights: dict[str, Any], optimisers: Sequence[Any]) -> tuple[list, list]:
@@ -100,7 +130,7 @@ def save_weights(run: Any, path: Path) -> None:
     A run that diverged has no last weights, and without a finished epoch no best ones; files of an earlier run go.
     """
     best = (run.best_weights, best_epoch({"history": run.history})) if run.history else None
-    last = (run.tested.state_dict(), run.history[-1]) if run.history and run.diverged is None else None
+    last = (tensors_of(run.tested), run.history[-1]) if run.history and run.diverged is None else None
     for file, kept in ((path, best), (last_weights(path), last)):
         if kept is None:
             file.unlink(missing_ok=True)
@@ -108,10 +138,18 @@ def save_weights(run: Any, path: Path) -> None:
             write_whole(file, _safetensors(run, *kept))
 
 
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers, without any extra state."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) -> bytes:
-    """Serialise the weights with their origin, which holds the model's answers on two images."""
+    """Serialise the weights with their origin, which holds the model's answers on two images where it can give them."""
     model = run.tested
     image = list(run.data.train_images.shape[1:])
+    known = {}
+    with contextlib.suppress(RuntimeError):  # nn.DataParallel's, say
+        known["answers"] = answers(model, weights, image, run.data.pixel_mean, run.data.pixel_std).tolist()
     origin = {
         "name": run.config.name,
         "epoch": epoch["epoch"],
@@ -120,7 +158,7 @@ def _safetensors(run: Any, weights: dict[str, Tensor], epoch: dict[str, float]) 
         "config": dataclasses.asdict(run.config),
         **run.brought,
         "settings": {n: x for n in WITHOUT_TRACE if isinstance(x := getattr(model, n, None), bool | str)},
-        "answers": answers(model, weights, image, run.data.pixel_mean, run.data.pixel_std).tolist(),
+        **known,
         "image": image,
         "data_sha256": run.data.sha256,
         "pixel_mean": run.data.pixel_mean,

@@ -143,6 +143,20 @@ def test_resumes_a_custom_model_but_no_other_one(few, tmp_path, trained, caplog,
         assert trained[-3:] == [1, 2, 3] and caplog.records.pop().getMessage().endswith("starts from the beginning.")
 
 
+def test_says_that_a_scheduler_is_not_resumed(few, tmp_path, caplog):
+    def decaying(parameters):
+        torch.optim.lr_scheduler.ExponentialLR(optimiser := nesterov(parameters), 0.5)
+        return optimiser
+
+    options = {"config": TINY, "optimiser": decaying, "checkpoint": tmp_path / "run.pt"}
+    with pytest.raises(Interrupted):
+        run(few, **options, on_epoch=stop_after(1))
+    run(few, **options)
+    assert [record.getMessage() for record in caplog.records] == [
+        "A checkpoint does not hold learning-rate schedulers: yours starts anew."
+    ]
+
+
 # Unusable and unwritable files
 
 
@@ -162,7 +176,7 @@ def test_damaged_checkpoint_restarts_the_run(few, checkpoint, uninterrupted, cap
     checkpoint.write_bytes(damage(checkpoint.read_bytes()))
     assert timeless(run(few, checkpoint=checkpoint)) == timeless(uninterrupted) and trained == [1, 2, 3]
     [message] = [record.getMessage() for record in caplog.records]
-    assert str(checkpoint) in message and message.endswith("its checksum is wrong: the run starts from the beginning.")
+    assert str(checkpoint) in message and "its checksum is wrong: it is kept as .old, and the run starts" in message
 
 
 def test_checkpoint_of_another_run_restarts_this_one(few, checkpoint, caplog, trained):
@@ -174,10 +188,13 @@ def test_checkpoint_of_another_run_restarts_this_one(few, checkpoint, caplog, tr
     assert timeless(record)["history"] == timeless(run(few, other))["history"]
 
 
-def test_an_edit_of_the_initialisation_restarts_a_run(few, checkpoint, trained, monkeypatch):
-    monkeypatch.setattr(networks, "MlpMixer", lambda **settings: MlpMixer(**settings | {"initialisation": "pytorch"}))
-    run(few, checkpoint=checkpoint)
-    assert trained == [1, 2, 3]
+def test_an_edit_restarts_a_run_and_its_undoing_resumes_it(few, checkpoint, uninterrupted, trained, caplog):
+    with pytest.MonkeyPatch.context() as edit:
+        edit.setattr(networks, "MlpMixer", lambda **settings: MlpMixer(**settings | {"initialisation": "pytorch"}))
+        with pytest.raises(Interrupted):
+            run(few, checkpoint=checkpoint, on_epoch=stop_after(1))
+    assert timeless(run(few, checkpoint=checkpoint)) == timeless(uninterrupted) and trained == [1, 3]
+    assert caplog.records.pop().getMessage().endswith("settings, device or precision: an earlier one resumes.")
 
 
 def test_checkpoint_depends_on_data_and_precision(few):
