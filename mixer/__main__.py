@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         given = [argument.partition("=")[0] for argument in unknown]
         check_names("this command", given, re.findall(r"--[\w-]+", parser.format_help()))
-        configs = grid(**{name: value for name, value in options.items() if value is not None})
+        chosen = {name: value for name, value in options.items() if value is not None}
+        configs = grid(**chosen)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     try:
@@ -56,11 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     fields = [field.name for field in dataclasses.fields(Config) if field.name != "seed"]
     varied = [name for name in fields if len({getattr(config, name) for config in configs}) > 1] or ["lr"]
-    part = "validation" if configs[0].validation else "not validation"
-    part += " and model == ''"
-    if "num_epochs" not in varied:
-        part += f" and num_epochs == {configs[0].num_epochs}"
-    _print(f"{_table(records)}\n\n{_AFTERWARDS.format(results=str(results), part=part, varied=varied)}", results)
+    same = ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+    own = f", data={str(how['data'])!r}" if how["data"] else ""
+    afterwards = _AFTERWARDS.format(results=str(results), same=same, own=own, varied=varied)
+    _print(f"{_table(records)}\n\n{afterwards}", results)
 
 
 def _print(text: str, results: Path) -> None:
@@ -76,8 +76,8 @@ def _print(text: str, results: Path) -> None:
 
 
 _AFTERWARDS = """The records are in {results}. To draw them, in Python:
-from mixer.records import histories, read_records
-frame = histories(read_records({results!r})).query({part!r})
+from mixer import grid, histories, run_grid
+frame = histories(run_grid(grid({same}), {results!r}{own}))  # reads the finished runs
 curves = frame.pivot_table("test_accuracy", "epoch", {varied})  # means of the seeds
 curves.plot().figure.savefig("accuracy.png")"""
 

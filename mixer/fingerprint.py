@@ -71,6 +71,8 @@ def try_out(run: Any) -> Fingerprint:
             gradients.extend(p.grad.clone() for p in run.model.parameters() if p.grad is not None)
 
     run.train_epoch(keep_first)
+    if not gradients:  # a forward set on the object belongs to the model that was copied for this trial
+        raise ValueError("no parameter of a copy of the model gets a gradient: define forward in the model's class")
     after = [p.detach() for p in run.model.parameters()]
     numbers["gradient"] = _projection(gradients)
     numbers["steps"] = _projection([new - old for new, old in zip(after, before, strict=True)])

@@ -62,7 +62,7 @@ def classify(picture: Picture, weights: Path | str = WEIGHTS, show: bool = False
     from mixer.picture import prepare  # here, since SciPy is slow to import
 
     threads_after_fork()
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.device("cpu"):  # whatever the caller's default device
         model, origin = load_with_origin(weights)
         of_clothing, in_colour = origin["data"].startswith("Fashion-MNIST"), model.in_channels == 3
         image = prepare(open_picture(picture), origin["image"], of_clothing and not in_colour, in_colour)
@@ -98,6 +98,8 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             origin = _FASHION_MNIST | json.loads((file.metadata() or {}).get("mixer", "{}"))
         channels, in_channels, *patch_size = state["stem.weight"].shape
+        if not all(patch_size):
+            raise ValueError
         hidden, patches = state["blocks.0.patches_in.weight"].shape
         model = MlpMixer(
             num_classes=len(state["head.bias"]),
@@ -126,7 +128,7 @@ def load_with_origin(weights: Path | str) -> tuple[MlpMixer, dict[str, Any]]:
         raise ValueError(f"{weights!s:.200} {problem}.") from None
     shape = origin["image"] if in_channels == 1 else (in_channels, *origin["image"])
     statistics = origin["pixel_mean"], origin["pixel_std"]
-    if "answers" in origin and not _close(answers(model, state, shape, *statistics), origin["answers"]):
+    if "answers" in origin and not _close(answers(model, model.state_dict(), shape, *statistics), origin["answers"]):
         raise ValueError(
             f"{weights!s:.200} holds the weights of a model that computes something else than MlpMixer in "
             "mixer/model.py: load them into that model with safetensors.torch.load_model."

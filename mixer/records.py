@@ -62,7 +62,7 @@ def read_record(path: Path | str) -> Record:
         if record["format"] != RECORD_FORMAT:
             raise ValueError(f"its format is {record['format']!r}, not {RECORD_FORMAT}")
         if path.name != f"{config.name}.json" and not brought(record):
-            raise ValueError(f"according to its config it should be named {config.name}.json")
+            raise RecordError(f"{path} is the record of {config.name}: rename it to {config.name}.json.")
         epochs = record["diverged"]["epoch"] - 1 if record["diverged"] else config.num_epochs
         if record["diverged"] and not isinstance(record["diverged"]["step"], int):
             raise ValueError("it does not say at which step it diverged")
@@ -78,7 +78,7 @@ def read_record(path: Path | str) -> Record:
         environment = record["environment"]
         environment["path"] = _OLD_PATHS.get(environment["path"], environment["path"])
         return record
-    except FileNotFoundError:
+    except (FileNotFoundError, RecordError):
         raise
     except OSError as error:
         reason = (error.strerror or str(error)).lower()

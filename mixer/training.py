@@ -29,7 +29,7 @@ from mixer import data as fashion_mnist
 from mixer.augment import Batch, augmented
 from mixer.baselines.distillation import Distillation, soft_target_loss
 from mixer.baselines.networks import build_network
-from mixer.checkpoint import last_weights, resume, save, save_weights
+from mixer.checkpoint import last_weights, resume, save, save_weights, tensors_of
 from mixer.config import Config, check_configs
 from mixer.data import Data, normalise, validation_split
 from mixer.fingerprint import Fingerprint, Kind, trial, try_out
@@ -74,7 +74,8 @@ def train(
     data: Fashion-MNIST by default. ``limit`` and ``validation`` of the config apply to any data.
     device: by default CUDA, else Apple's MPS, else the CPU.
     precision: "bfloat16" (autocast) or "float32"; by default bfloat16 where the hardware supports it.
-    checkpoint: a file written after every epoch, from which an interrupted run resumes.
+    checkpoint: a file written after every epoch, from which an interrupted run resumes. A learning-rate scheduler of
+    your own is not in it.
     weights: a safetensors file for the weights of the epoch with the best test accuracy. Those of the last epoch go
     beside it (see ``last_weights``), unless the run diverged.
     on_epoch: called after every epoch with its row of the history and the model in evaluation mode.
@@ -94,6 +95,8 @@ def train(
         if not isinstance(given, kind | None):
             what = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
             raise TypeError(f"{name} is {what}, but it has to be {advice}")
+    if on_epoch is not None and not callable(on_epoch):
+        raise TypeError(f"on_epoch is a {type(on_epoch).__name__}, but it has to be a function of a row and the model")
     if model is not None and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no parameter that requires a gradient, so there is nothing to train")
     threads_after_fork()
@@ -195,6 +198,10 @@ class Run:
                 raise ValueError(f"optimiser has to return a torch.optim.Optimizer, not {self.optimisers[0]!r:.100}")
             if isinstance(self.optimisers[0], LBFGS):
                 raise ValueError("LBFGS needs a closure, which train() does not give it: choose another optimiser")
+            own = {id(parameter) for parameter in self.model.parameters()}
+            given = [parameter for group in self.optimisers[0].param_groups for parameter in group["params"]]
+            if own.isdisjoint(map(id, given)):
+                raise ValueError("optimiser has to train the parameters that it is called with, not another model's")
             settings = {name: value for name, value in self.optimisers[0].defaults.items() if value is not None}
             self.brought["optimiser"] = f"{type(self.optimisers[0]).__name__} {settings}"
         if loss is None:
@@ -257,7 +264,7 @@ class Run:
             self.diverged = {"epoch": self.epoch + 1, "step": step}
             return
         if test_accuracy > max((epoch["test_accuracy"] for epoch in self.history), default=-1.0):
-            self.best_weights = {k: w.to("cpu", copy=True) for k, w in self.tested.state_dict().items()}
+            self.best_weights = {k: w.to("cpu", copy=True) for k, w in tensors_of(self.tested).items()}
         self.history.append(
             {
                 "epoch": self.epoch + 1,

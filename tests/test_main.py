@@ -15,6 +15,7 @@ from test_runner import TINY, tiny, write_data
 from mixer.__main__ import main
 from mixer.config import Config
 from mixer.records import read_records
+from mixer.runner import run_grid
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,8 +34,9 @@ def test_trains_and_prints_a_table_and_how_to_draw_it(tmp_path, capsys, monkeypa
     main(arguments)  # reads the records, and says the same
     assert capsys.readouterr() == (output, "")
     monkeypatch.chdir(tmp_path)
-    exec(output.partition("in Python:\n")[2])
-    assert (tmp_path / "accuracy.png").exists()
+    run_grid([tiny(num_channels=8)], results, data=data, device="cpu", progress=False)  # not to be drawn
+    exec(output.partition("in Python:\n")[2], drawn := {})
+    assert (tmp_path / "accuracy.png").exists() and sorted(drawn["frame"]["seed"]) == [0, 1]
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="Windows sends Ctrl-C otherwise")

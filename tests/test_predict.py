@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import first_images
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mixer.baselines.networks import ConvNet, PlainMlp
 from mixer.checkpoint import last_weights
@@ -174,6 +175,13 @@ def test_reads_a_models_sizes_from_its_weights(tmp_path):
     assert list(probabilities.index) == [0, 1, 2]
 
 
+def test_classifies_by_weights_in_half_precision(boot, tmp_path):
+    with safe_open(WEIGHTS, "pt") as file:
+        halves = {name: weight.half() for name, weight in load_file(WEIGHTS).items()}
+        save_file(halves, tmp_path / "h.safetensors", file.metadata())
+    assert classify(boot, tmp_path / "h.safetensors").index[0] == "Ankle boot"
+
+
 def test_classifies_under_another_default_dtype(boot):
     usual = classify(boot)
     torch.set_default_dtype(torch.float64)
@@ -206,15 +214,23 @@ def test_weights_of_any_model_are_written(tmp_path, few):
             super().__init__()
             self.gelu, self.table = torch.nn.GELU(), torch.nn.EmbeddingBag(256, 10)
 
+        def get_extra_state(self):
+            return {"for its author": 1}
+
+        def set_extra_state(self, state):
+            pass
+
         def forward(self, images):
             pixels = (255 * (images * few.pixel_std + few.pixel_mean)).round().long()
             self.features = self.table(pixels.flatten(1))
             return self.gelu(self.features)
 
     path = tmp_path / "w.safetensors"
-    train(Config(num_epochs=1, batch_size=50), data=few, model=Looked(), weights=path, **OPTIONS)
-    with pytest.raises(ValueError, match="does not hold the weights of an MlpMixer"):
-        load_model(path)
+    for model in (Looked(), torch.nn.DataParallel(Looked())):
+        train(Config(num_epochs=1, batch_size=50), data=few, model=model, weights=path, **OPTIONS)
+        with pytest.raises(ValueError, match="does not hold the weights of an MlpMixer"):
+            load_model(path)
+        path.unlink()
 
 
 def test_another_data_set_has_other_classes_backgrounds_and_shapes(tmp_path, few):

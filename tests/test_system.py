@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from mixer.system import files
-from mixer.system.files import locked
+from mixer.system.files import expand, locked
 
 
 def hold(path, ready):
@@ -65,6 +65,14 @@ def test_warns_and_continues_without_file_locks(tmp_path, monkeypatch, caplog, c
     with locked(tmp_path / "run.lock", wait=False) as mine:
         assert mine
     assert "has no file locks" in caplog.text
+
+
+def test_relative_path_in_a_deleted_folder_is_one_sentence(tmp_path, monkeypatch):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(OSError, match=r"results is relative to a working directory that was deleted"):
+        expand("results")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")

@@ -329,6 +329,14 @@ def test_rejects_arguments_in_one_sentence(few, tmp_path):
         run(few, model=(model := network()), optimiser=nesterov(model.parameters()))
     with pytest.raises(ValueError, match=r"optimiser has to return a torch\.optim\.Optimizer, not None"):
         run(few, optimiser=lambda parameters: None)
+    with pytest.raises(ValueError, match="has to train the parameters that it is called with, not another model's"):
+        run(few, model=network(), optimiser=lambda parameters: nesterov(network().parameters()))
+    with pytest.raises(TypeError, match="on_epoch is a str, but it has to be a function"):
+        run(few, on_epoch="x")
+    doubled, forward = (model := network()), model.forward
+    doubled.forward = lambda images: 2 * forward(images)
+    with pytest.raises(ValueError, match="no parameter of a copy of the model gets a gradient: define forward in"):
+        run(few, model=doubled)
     with pytest.raises(ValueError, match="LBFGS needs a closure"):
         run(few, model=network(), optimiser=torch.optim.LBFGS)
     prune.l1_unstructured((pruned := network())[1], "weight", 0.5)

@@ -27,6 +27,8 @@ def expand(path: Path | str) -> Path:
     """Make a user's path absolute and expand ``~``. Raises OSError."""
     try:
         return Path(path).expanduser().absolute()
+    except FileNotFoundError:
+        raise OSError(f"{path} is relative to a working directory that was deleted: change to another one.") from None
     except RuntimeError:
         raise OSError(f"{path} begins with a home folder that does not exist: give another path.") from None
 
