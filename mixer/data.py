@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from logging import getLogger
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -62,11 +63,11 @@ class Data:
         train, test = tuple(self.train_images.shape[1:]), tuple(self.test_images.shape[1:])
         if train != test:
             raise ValueError(f"test_images must have the size of train_images, {train}, not {test}")
-        labels = 1 + max(int(self.train_labels.max()), int(self.test_labels.max()))
-        if self.num_classes is None:
-            object.__setattr__(self, "num_classes", labels)
-        elif not isinstance(self.num_classes, int) or self.num_classes < labels:
-            raise ValueError(f"num_classes is {self.num_classes!r:.100}, but the largest label needs {labels}")
+        least = 1 + max(int(self.train_labels.max()), int(self.test_labels.max()))
+        count = least if self.num_classes is None else self.num_classes
+        if not isinstance(count, Integral) or count < least:
+            raise ValueError(f"num_classes is {count!r:.100}, but it has to be a whole number of at least {least}")
+        object.__setattr__(self, "num_classes", int(count))
         object.__setattr__(self, "name", str(self.name))
         given = self.pixel_mean, self.pixel_std
         measured = _pixel_statistics(self.train_images) if any(value is None for value in given) else given

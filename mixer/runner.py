@@ -160,8 +160,8 @@ def run_one(
 ) -> Record | None:
     """Read or train the record of one run. Returns None if it is being trained elsewhere and ``wait`` is false.
 
-    codes: :func:`fingerprints` of the calling process. caller: its machine and number. turns: the runs' places in the
-    grid, for the progress bars.
+    codes: :func:`fingerprints` of the calling process. caller: its machine and process number. turns: the runs'
+    places in the grid, for the progress bars.
     """
     code = (codes or {}).get(config)
     path = record_path(config, results)

@@ -124,7 +124,7 @@ def test_validation_split_holds_out_a_twelfth_of_each_class():
     assert torch.equal(split.test_labels, own.train_labels[held_out])
     assert split.name == "data given by the caller, validation split (seed 0)"
     assert replace(own, num_classes=5).first(1).num_classes == 5 and own.first(1).num_classes == split.num_classes == 3
-    with pytest.raises(ValueError, match="num_classes is 2, but the largest label needs 3"):
+    with pytest.raises(ValueError, match="num_classes is 2, but it has to be a whole number of at least 3"):
         replace(own, num_classes=2)
     assert validation_split(own, seed=1).sha256 != split.sha256
     with pytest.raises(ValueError, match=r"each class needs at least 7 training images, not 6$"):
