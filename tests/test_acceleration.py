@@ -1,7 +1,7 @@
 """``accelerate`` gives the eager model's answer, however the model has been changed."""
 
 import random
-from itertools import cycle
+from itertools import chain, cycle, repeat
 
 import numpy as np
 import pytest
@@ -51,6 +51,7 @@ def edit(owner, forward):
 
 
 SAME = written()
+ONCE = chain([int, int, random.random], repeat(int))  # the first two calls are the float64 reference's
 SIGNS, DRAWS = cycle([1, 1, -1]), np.random.default_rng(0)
 STOCHASTIC_DEPTH = lambda self, x: SAME(self, x) if torch.rand(()) < 1 else x  # noqa: E731
 TANH = written(lambda y: F.gelu(y, approximate="tanh"))
@@ -76,6 +77,7 @@ CHANGES = {
         edit(MixerBlock, lambda b, x: SAME(b, x) if b.training else x),
         "evaluation mode",
     ),
+    "a draw by another thread": (edit(MixerBlock, lambda b, x: (next(ONCE)(), SAME(b, x))[1]), None),
     "NumPy's generator": (
         edit(MixerBlock, lambda b, x: SAME(b, x) if DRAWS.random() < 1 else x),
         "generators of its own",
