@@ -94,6 +94,7 @@ class Config:
     network: Literal["mixer", "mlp", "conv"] = _model("mixer", "mlp and conv are baselines, each of a fixed size")
     teacher: str = _training("", "network to distil from, by name, in place of the labels")
     temperature: float = _training(1.0, "temperature of both networks in distillation")
+    token_labels: float = _training(0.0, "weight of the teacher's answers for single patches, say 0.5")
     ema_decay: float = _training(0.0, "decay of the exponential moving average of the weights, which is then tested")
     validation: bool = _data(False, "hold out a twelfth of the training images and test on it, not on the test images")
 
@@ -112,6 +113,7 @@ class Config:
                 self._keep(field.name, str, words.__contains__, f"one of {', '.join(words)}")
         self._keep("weight_decay", _real, lambda decay: 0 <= decay < math.inf, "0 or a positive number")
         self._keep("sam_radius", _real, lambda radius: 0 <= radius < math.inf, "0 or a positive number like 0.1")
+        self._keep("token_labels", _real, lambda weight: 0 <= weight < math.inf, "0 or a positive number like 0.5")
         self._keep("temperature", _real, lambda t: 0 < t < math.inf, "a positive number")
         self._keep("teacher", str, lambda name: re.fullmatch("[a-z0-9-]*", name), "lower-case letters, digits, hyphens")
         self._keep(
@@ -127,6 +129,8 @@ class Config:
             raise ValueError("plain_epochs applies only with shift, affine, erase or mixup_prob; set one, or remove it")
         if self.temperature != 1 and not self.teacher:
             raise ValueError("temperature applies only with a teacher; name one, or remove it")
+        if self.token_labels and not (self.teacher and self.patch_size == (4, 4)):  # the teacher's last layer has these
+            raise ValueError("token_labels applies only with a teacher and patches of 4×4; set both, or remove it")
         if self.teacher and self.label_smoothing:
             raise ValueError("teacher cannot be combined with label_smoothing; set it to 0")
         for name in _MIXER_ONLY if self.network != "mixer" else ():
@@ -176,14 +180,14 @@ _LABELS = {
     **{"inputs": "{}", "optimiser": "{}", "weight_decay": "decay{}", "shared_filters": "filters{}"},
     **{"sam_radius": "sam{}", "schedule": "{}", "flip": "flip", "shift": "shift{}", "affine": "affine{}"},
     **{"erase": "erase{}", "mixup_prob": "mixup{}", "plain_epochs": "plain{}", "label_smoothing": "smooth{}"},
-    **{"network": "{}", "teacher": "by-{}", "temperature": "temperature{}", "ema_decay": "average{}"},
-    **{"validation": "validation"},
+    **{"network": "{}", "teacher": "by-{}", "temperature": "temperature{}", "token_labels": "tokens{}"},
+    **{"ema_decay": "average{}", "validation": "validation"},
 }
 _OLD_NAMES = {"mixup": "mixup_prob", "average": "ema_decay"}
 _ALIASES = _OLD_NAMES | {"learning_rate": "lr", "ema": "ema_decay", "workers": "jobs", "output": "results"}
 _FIELDS = dataclasses.fields(Config)
 _MIXER_ONLY = [field.name for field in _FIELDS if field.metadata["group"] == "model" and field.name != "network"]
-_MIXER_ONLY += ["shared_filters"]
+_MIXER_ONLY += ["shared_filters", "token_labels"]
 _DEFAULTS = {field.name: field.default for field in _FIELDS}
 _LISTS = {"lr": "lrs", "dropout_p": "dropouts", "batch_size": "batch_sizes", "seed": "seeds"}
 _WORDS = {field.name: ", ".join(get_args(field.type)) for field in _FIELDS if isinstance(field.default, str)}

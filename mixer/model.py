@@ -153,9 +153,13 @@ class MlpMixer(nn.Module):
     ``torch.utils.checkpoint`` requires this, since it restores no other. The other arguments are those of
     ``MixerBlock``. The head starts at zero unless ``initialisation`` is "pytorch".
 
+    With ``per_patch`` set, training mode returns each patch's logits (B, S, num_classes), whose mean are the logits.
+
     Raises ValueError as ``MixerBlock`` does, for patches that do not tile an image, and for an image whose number of
     patches is not ``num_patches``.
     """
+
+    per_patch = False
 
     def __init__(
         self,
@@ -219,7 +223,9 @@ class MlpMixer(nn.Module):
 
     def classify(self, x: Tensor) -> Tensor:
         """The output of the blocks (B, S, C) -> logits (B, num_classes)."""
-        x = self.norm(x).mean(dim=1)
+        x = self.norm(x)
+        if not (self.per_patch and self.training):
+            x = x.mean(dim=1)
         device = "cpu" if x.is_meta else x.device.type  # the "meta" device has no autocast
         with torch.autocast(device, enabled=False):  # in bfloat16 the two largest logits are often equal
             return self.head(x.to(getattr(self.head, "weight", x).dtype))

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mixer import data as fashion_mnist
 from mixer.augment import Batch, augmented
-from mixer.baselines.distillation import Distillation, soft_target_loss
+from mixer.baselines.distillation import Distillation, student_loss
 from mixer.baselines.networks import build_network
 from mixer.checkpoint import last_weights, resume, save, save_weights, tensors_of
 from mixer.config import Config, check_configs
@@ -188,6 +188,10 @@ class Run:
             count = sum(parameter.numel() for parameter in model.parameters())
             self.brought["model"] = f"{type(model).__module__}.{type(model).__qualname__}, {count:,} parameters"
         self.model = (build_network(config, data, self.generator) if model is None else model).to(device)
+        if config.token_labels:
+            if not isinstance(self.model, MlpMixer):
+                raise ValueError(f"token_labels need an MlpMixer, not a {type(self.model).__name__}: set it to 0")
+            self.model.per_patch = True
         if optimiser is None:
             self.optimisers = optimisers(config, self.model, data.train_images.shape[-2:], precision)
         elif not callable(optimiser):
@@ -310,7 +314,7 @@ class Run:
         loss = self.loss(logits, batch)
         self.model.zero_grad()
         loss.backward()
-        return logits, loss.detach()
+        return logits.mean(dim=1) if self.config.token_labels else logits, loss.detach()
 
     def evaluate(self, on_test: Callable[[int], object] = lambda images: None) -> tuple[float, float]:
         """Return mean loss and accuracy on the test images."""
@@ -399,11 +403,12 @@ def fingerprint_of(
     """Compute a run's fingerprint with the present code. With a teacher, it covers only the loss."""
     config, noise = trial(config, kind)
     noise = part_of(noise, config)
-    count = len(noise.train_labels) * kind.classes
-    targets = torch.linspace(-2, 2, count, dtype=torch.float64).view(-1, kind.classes)
+    patches = [math.prod(kind.image[-2:]) // math.prod(config.patch_size)] if config.token_labels else []
+    shape = len(noise.train_labels), *patches, kind.classes
+    targets = torch.linspace(-2, 2, math.prod(shape), dtype=torch.float64).view(shape)
 
     def soft_targets(logits: Tensor, batch: Batch) -> Tensor:
-        return soft_target_loss(logits, targets[batch.index], config.temperature)
+        return student_loss(config, logits, targets[batch.index])
 
     loss = soft_targets if config.teacher else None
     try:

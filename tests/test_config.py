@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
 import random
 from decimal import Decimal
 from fractions import Fraction
@@ -26,7 +27,7 @@ IMPOSSIBLE = {
         "flip": [np.array([1, 0]), torch.tensor([True, False])],
     },
     **{"mixup_prob": [1.1], "label_smoothing": [-0.1], "ema_decay": [1], "temperature": [0], "sam_radius": [-1]},
-    **{"plain_epochs": [-1, 61]},
+    **{"plain_epochs": [-1, 61], "token_labels": [-0.5, math.inf]},
     **{"optimiser": ["magic"], "schedule": ["cosine"], "network": ["transformer"], "teacher": ["../conv"]},
     **{"gelu": ["fast"], "initialisation": [None], "inputs": ["raw"]},
 }
@@ -62,6 +63,9 @@ def test_name_is_readable():
         {"teacher": "a", "label_smoothing": 0.1},
         {"whiten": 1, "network": "mlp"},
         {"plain_epochs": 1, "flip": True},
+        {"token_labels": 0.5},
+        {"token_labels": 0.5, "teacher": "a", "patch_size": 7},
+        {"token_labels": 0.5, "teacher": "a", "network": "conv"},
     ],
 )
 def test_rejects_fields_that_cannot_be_combined(fields):
@@ -80,7 +84,7 @@ def test_no_two_configs_share_a_name():
         **{"num_channels": [8, 16], "patches_mlp_dim": [8, 1024], "channels_mlp_dim": [8, 512]},
         **{"weight_decay": [0, 0.01], "shift": [0, 1, 2], "erase": [0, 4], "mixup_prob": [0, 0.5, 1]},
         **{"affine": [0, 0.1], "shared_filters": [0, 3], "sam_radius": [0, 0.1], "plain_epochs": [0, 1]},
-        **{"label_smoothing": [0, 0.1], "temperature": [1, 2.5], "ema_decay": [0, 0.9, 0.99]},
+        **{"label_smoothing": [0, 0.1], "temperature": [1, 2.5], "ema_decay": [0, 0.9, 0.99], "token_labels": [0, 0.5]},
         **{"network": ["mixer"], "teacher": ["", "conv", "conv-1"]},
     }
     for field in dataclasses.fields(Config):
@@ -90,9 +94,11 @@ def test_no_two_configs_share_a_name():
         drawn = {name: choose.choice(some) for name, some in values.items()}
         drawn |= {"label_smoothing": 0} if drawn["teacher"] else {"temperature": 1}
         drawn |= {"plain_epochs": drawn["plain_epochs"] if drawn["shift"] else 0}
+        drawn |= {} if drawn["teacher"] and drawn["patch_size"] == (4, 4) else {"token_labels": 0}
         configs.add(Config(**drawn))
     for name, some in values.items():  # and all that differ in one field only, unless it needs another
-        configs |= {Config(**{name: value}) for value in some if name not in ("temperature", "plain_epochs")}
+        needy = "temperature", "plain_epochs", "token_labels"
+        configs |= {Config(**{name: value}) for value in some if name not in needy}
     assert len({config.name for config in configs}) == len(configs) > 10_000
     assert all(set(config.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._+-") for config in configs)
 

@@ -8,6 +8,7 @@ from conftest import first_images
 from safetensors.torch import load, save
 from test_checkpoint import stop_after
 from test_training import timeless
+from torch import nn
 
 from mixer.augment import augmented, view
 from mixer.baselines import distillation
@@ -16,6 +17,8 @@ from mixer.baselines.networks import ConvNet
 from mixer.checkpoint import last_weights
 from mixer.config import Config
 from mixer.data import normalise
+from mixer.kernels import fused
+from mixer.model import MlpMixer
 from mixer.training import Interrupted, Run, part_of, train
 
 CPU = torch.device("cpu")
@@ -105,16 +108,56 @@ def test_teacher_answers_for_unmoved_images_in_the_plain_epochs(hundred, taught,
     torch.testing.assert_close(loss.targets(batch), model.eval()(batch.inputs), atol=2e-3, rtol=2e-3)
 
 
-@pytest.mark.parametrize("affine", [0.0, 0.1])
-def test_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path, affine):
-    config = Config(
-        teacher="little", temperature=2.0, flip=True, shift=1, affine=affine, mixup_prob=0.5, plain_epochs=1, **SMALL
-    )
+def test_teacher_answers_for_each_patch_where_the_student_has_it(hundred, taught):
+    loss = taught_by_little(hundred, token_labels=0.5, flip=True, shift=1)
+    assert loss.logits.shape == (18, 100, 49, 10)
+    whole = taught_by_little(hundred, flip=True, shift=1).logits.float()
+    torch.testing.assert_close(loss.logits.float().mean(dim=2), whole, atol=2e-3, rtol=2e-3)
+    student = MlpMixer(num_blocks=1, initialisation="identity")  # whose patches do not see each other yet
+    student.per_patch = True
+    nn.init.normal_(student.head.weight)
+    for ask in (student, loss.model.of_patches):
+        black = torch.zeros(1, 1, 28, 28)
+        for row, column in ((2, 4), (4, 2)):
+            dotted = black.clone()
+            dotted[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 5
+            moved = (ask(dotted) - ask(black)).norm(dim=2).view(7, 7).detach()
+            centre = [float(moved.sum(dim=side) @ torch.arange(7.0) / moved.sum()) for side in (1, 0)]
+            assert centre == pytest.approx([row, column], abs=0.7)
+
+
+def test_token_labels_add_the_patches_loss_to_the_images(hundred, taught):
+    loss = taught_by_little(hundred, token_labels=0.5, temperature=2.0)
+    batch = augmented(torch.arange(30, 80), hundred, loss.config, torch.Generator())
+    logits, targets = torch.randn(50, 49, 10, dtype=torch.float64), loss.targets(batch).double()
+    patches = torch.stack([soft_target_loss(logits[:, n], targets[:, n], 2.0) for n in range(49)]).mean()
+    whole = soft_target_loss(logits.mean(dim=1), targets.mean(dim=1), 2.0)
+    torch.testing.assert_close(loss(logits, batch), whole + 0.5 * patches)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_student_with_token_labels_trains_fused_as_in_eager_pytorch(hundred, taught, ema_decay):
+    config = Config(teacher="little", token_labels=0.5, ema_decay=ema_decay, initialisation="identity", **SMALL)
+    runs = [Run(config, CPU, "float32", hundred, eager=eager) for eager in (False, True)]
+    for run in runs:
+        run.train_epoch()
+        assert run.tested.eval()(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
+    assert runs[0].choice.path == ("fused" if fused.available() else "eager")
+    for name in ("train_loss", "train_accuracy", "test_loss"):
+        assert runs[0].history[0][name] == pytest.approx(runs[1].history[0][name], rel=1e-4)
+    with pytest.raises(ValueError, match="token_labels need an MlpMixer, not a ConvNet"):
+        train(config, model=ConvNet(), data=hundred, **OPTIONS)
+
+
+@pytest.mark.parametrize("change", [{}, {"affine": 0.1}, {"token_labels": 0.5}], ids=str)
+def test_student_resumes_bit_for_bit_and_names_its_teacher(hundred, taught, tmp_path, change):
+    views = {"flip": True, "shift": 1} | change
+    config = Config(teacher="little", temperature=2.0, mixup_prob=0.5, plain_epochs=1, **views, **SMALL)
     with pytest.raises(Interrupted):
         train(config, data=hundred, checkpoint=tmp_path / "run.pt", on_epoch=stop_after(1), **OPTIONS)
     resumed, whole = (train(config, data=hundred, checkpoint=c, **OPTIONS) for c in (tmp_path / "run.pt", None))
     assert timeless(whole) == timeless(resumed)
-    assert whole["environment"]["teacher_sha256"] == taught_by_little(hundred, flip=True, shift=1, affine=affine).sha256
+    assert whole["environment"]["teacher_sha256"] == taught_by_little(hundred, **views).sha256
 
 
 def test_keeps_the_teachers_logits_unless_they_are_damaged(hundred, taught, tmp_path, monkeypatch):

@@ -7,6 +7,9 @@ two pixels). Warped and erased images never recur. They are drawn by epoch and n
 see the same view of an image in the same epoch. The teacher sees mixed images live. A teacher can be several networks
 whose logits are averaged (``joined``).
 
+With token labels (Jiang et al. 2021, arXiv:2104.10858) the teacher also answers for every patch. Both networks apply
+their head to a mean over patches, so applying it to each patch first gives logits whose mean are those of the image.
+
 The teacher is trained like any run, with ``Config(network="conv")``, on the images that its student will see:
 
     python -m mixer --results small --recipe teacher --limit 5000
@@ -17,7 +20,7 @@ The teacher is trained like any run, with ``Config(network="conv")``, on the ima
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,9 +52,10 @@ def weights_of(name: str) -> Path:
 class Distillation:
     """The loss of a student whose targets are a teacher's logits (Hinton et al. 2015).
 
-    ``data``: the student's training data. The teacher's ``logits`` (views, N, num_classes), float16, are numbered as in
-    ``augment.view``; endless views have one number, anew in every epoch. They are kept in the data folder. ``seen``:
-    those of the present epoch's views. ``sha256`` is that of the logits, or with endless views that of the weights.
+    ``data``: the student's training data. The teacher's ``logits`` (views, N, num_classes), or with token labels
+    (views, N, S, num_classes), float16, are numbered as in ``augment.view``; endless views have one number, anew in
+    every epoch. They are kept in the data folder. ``seen``: those of the present epoch's views. ``sha256`` is that of
+    the logits, or with endless views that of the weights.
 
     Raises ValueError if there is no such teacher, or if it was trained on other images than ``data``'s; OSError.
     """
@@ -65,10 +69,11 @@ class Distillation:
         self.weights_sha256 = self.sha256 = hashlib.sha256(self.weights).hexdigest()
         self.config, self.data, self.precision = config, data, precision
         self.model = load_teacher(path, self.weights, data).to(device).requires_grad_(False)
+        self.ask = self.model.of_patches if config.token_labels else self.model
         self.endless = bool(config.affine or config.erase)
         if not self.endless:
             self.seen = self.logits = self._kept(data, 2 if config.flip else 1, config.shift)
-            content = self.logits.cpu().numpy().tobytes()
+            content = self.logits.cpu().numpy()
             self.sha256 = hashlib.sha256(content).hexdigest()  # the logits may differ between machines
 
     def see(self, epoch: int) -> tuple[Data, Config]:
@@ -87,27 +92,39 @@ class Distillation:
     def _kept(self, data: Data, mirrored: int, shift: int) -> Tensor:
         """The teacher's logits for all views of the training images, computed unless they are kept."""
         views = mirrored * (2 * shift + 1) ** 2
-        decisive = repr((views, shift, self.precision, data.sha256, data.pixel_mean, data.pixel_std)).encode()
+        patches = ("patches",) if self.config.token_labels else ()
+        decisive = repr((views, shift, self.precision, data.sha256, data.pixel_mean, data.pixel_std, *patches)).encode()
         name = f"{self.config.teacher}-{hashlib.sha256(self.weights + decisive).hexdigest()[:16]}.bin"
-        kept, shape = data_folder() / "teachers" / name, (views, len(data.train_images), data.num_classes)
+        kept, shape = data_folder() / "teachers" / name, (views, len(data.train_images))
         check_writable(kept)
         with locked(kept.with_suffix(".lock")):  # of students that train side by side, one computes the logits
             try:
                 content = unseal(kept.read_bytes())
             except (OSError, ValueError):
-                content = _logits(self.model, data, views, shift, self.precision).numpy().tobytes()
+                content = _logits(self.ask, data, views, shift, self.precision).numpy().tobytes()
                 write_whole(kept, seal(content))
-        return torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(data.train_images.device)
+        logits = torch.frombuffer(bytearray(content), dtype=torch.float16)
+        logits = logits.view(*shape, -1, data.num_classes) if self.config.token_labels else logits.view(*shape, -1)
+        return logits.to(data.train_images.device)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        return soft_target_loss(logits, self.targets(batch), self.config.temperature)
+        return student_loss(self.config, logits, self.targets(batch))
 
     def targets(self, batch: Batch) -> Tensor:
-        """The teacher's logits (B, num_classes), float32, for the same inputs that the student sees."""
+        """The teacher's logits (B, num_classes) or (B, S, num_classes), float32, for the student's inputs."""
         if batch.share == 1:
             return self.seen[batch.views.to(self.seen.device), batch.index].float()
         with autocast(batch.inputs.device, self.precision):
-            return self.model(batch.inputs)
+            return self.ask(batch.inputs)
+
+
+def student_loss(config: Config, logits: Tensor, targets: Tensor) -> Tensor:
+    """The config's loss for logits (B, num_classes), or with token labels (B, S, num_classes), of both networks."""
+    if not config.token_labels:
+        return soft_target_loss(logits, targets, config.temperature)
+    whole = soft_target_loss(logits.mean(dim=1), targets.mean(dim=1), config.temperature)
+    patches = soft_target_loss(logits.flatten(0, 1), targets.flatten(0, 1), config.temperature)
+    return whole + config.token_labels * patches
 
 
 def soft_target_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -121,6 +138,9 @@ class Together(nn.ModuleList):
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.stack([network(images) for network in self]).mean(dim=0)
+
+    def of_patches(self, images: Tensor) -> Tensor:
+        return torch.stack([network.of_patches(images) for network in self]).mean(dim=0)
 
 
 def joined(paths: Sequence[Path]) -> bytes:
@@ -150,14 +170,14 @@ def load_teacher(path: Path, weights: bytes, data: Data) -> nn.Module:
     return model.eval()
 
 
-def _logits(model: nn.Module, data: Data, views: int, shift: int, precision: str) -> Tensor:
+def _logits(ask: Callable[[Tensor], Tensor], data: Data, views: int, shift: int, precision: str) -> Tensor:
     device = data.train_images.device
     batches = data.train_images.split(100 if device.type == "cpu" else CHUNK)  # a CPU keeps a hundred in its cache
-    logits = torch.empty(views, len(data.train_images), data.num_classes, dtype=torch.float16)
+    logits = []
     silent = True if sys.stderr is None or views == 1 else None  # None: disabled unless stderr is a terminal
     for number in tqdm(range(views), desc="the teacher's logits for every view", leave=False, disable=silent):
         with torch.inference_mode(), autocast(device, precision):
             seen = (view(images, torch.full((len(images),), number), shift) for images in batches)
-            answers = [model(normalise(images, data.pixel_mean, data.pixel_std)) for images in seen]
-        logits[number] = torch.cat(answers).half()
-    return logits
+            answers = [ask(normalise(images, data.pixel_mean, data.pixel_std)) for images in seen]
+        logits.append(torch.cat(answers).half().cpu())
+    return torch.stack(logits)

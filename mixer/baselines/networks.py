@@ -99,10 +99,18 @@ class ConvNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
+        return _logits(self.head, self.dropout(self._features(images).mean(dim=(2, 3))))
+
+    def of_patches(self, images: Tensor) -> Tensor:
+        """Logits for every patch of 4 × 4 pixels (B, S, num_classes), whose mean are those of the image."""
+        return _logits(self.head, self._features(images).flatten(2).transpose(1, 2))
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Images -> the last layer (B, C, H / 4, W / 4)."""
         x = self.stem(images)
         for block in self.blocks:
             x = block(x)
-        return _logits(self.head, self.dropout(F.relu(self.norm(x)).mean(dim=(2, 3))))
+        return F.relu(self.norm(x))
 
 
 def _convolution(channels_in: int, channels_out: int, size: int, stride: int, generator: torch.Generator) -> nn.Conv2d:

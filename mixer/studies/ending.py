@@ -38,6 +38,7 @@ ENDINGS["teacher, sharpness-aware"] = replace(ENDINGS["teacher"], sam_radius=0.1
 ENDINGS["teacher, twelve epochs"] = replace(ENDINGS["teacher"], num_epochs=12, lr=0.008)
 ENDINGS["teacher and mixup"] = replace(ENDINGS["teacher"], mixup_prob=0.5)
 ENDINGS["teacher, stretched images"] = replace(ENDINGS["teacher"], affine=0.05)
+ENDINGS["teacher, token labels"] = replace(ENDINGS["teacher"], token_labels=0.5)
 RELABELLED, MEAN, AGREEMENT = "labels by the teacher", FOLDER / "mean.json", FOLDER / "agreement.json"
 ENDINGS[RELABELLED] = ENDINGS["labels"]
 

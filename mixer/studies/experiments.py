@@ -131,7 +131,7 @@ def recipe() -> dict[str, Sets]:
         "ingredients": sets(range(2), short, without={"the recipe": {}} | WITHOUT),
         "halves": sets([0], short, half=HALVES),
         "wider": wider,
-        "short students": sets(range(2), student, recipe={"student": {}}),
+        "short students": sets(range(2), student, targets={"student": {}, "token labels": {"token_labels": 0.5}}),
         "other networks": sets(range(2), others, network={"plain MLP": {"network": "mlp"}, "ConvNet": CONV}),
     }
 
