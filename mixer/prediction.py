@@ -18,6 +18,7 @@ from torch.func import functional_call
 from mixer.data import CLASSES, PIXEL_MEAN, PIXEL_STD, normalise
 from mixer.kernels.acceleration import choose
 from mixer.model import MlpMixer, count_patches
+from mixer.system.buffers import keep_large_buffers
 from mixer.system.device import autocast, threads_after_fork
 from mixer.system.files import SHIPPED, expand
 
@@ -42,7 +43,10 @@ def predict(
     forward = model
     if images.device.type == "cpu":  # CUDA graphs are for training only
         with autocast(images.device, precision):
-            forward = choose(model, normalise(images[:1], **statistics).to(dtype)).forward
+            choice = choose(model, normalise(images[:1], **statistics).to(dtype))
+        forward = choice.forward
+        if choice.path == "eager":
+            keep_large_buffers()
     for batch in images.split(EVAL_BATCH):
         with torch.inference_mode(), autocast(images.device, precision):
             logits = forward(normalise(batch, **statistics).to(dtype))

@@ -12,10 +12,11 @@ from test_training import run, timeless
 from torch.nn import functional as F
 
 from mixer.augment import augmented
+from mixer.baselines.filters import SharedFilters
 from mixer.baselines.networks import PlainMlp
 from mixer.config import RECIPES, Config, grid
 from mixer.data import normalise
-from mixer.optim import FullMuon, SharedFilters
+from mixer.kernels.muon import FullMuon
 from mixer.training import Interrupted, Run, label_loss
 
 CPU = torch.device("cpu")
