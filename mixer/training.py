@@ -189,8 +189,8 @@ class Run:
             self.brought["model"] = f"{type(model).__module__}.{type(model).__qualname__}, {count:,} parameters"
         self.model = (build_network(config, data, self.generator) if model is None else model).to(device)
         if config.token_labels:
-            if not isinstance(self.model, MlpMixer):
-                raise ValueError(f"token_labels need an MlpMixer, not a {type(self.model).__name__}: set it to 0")
+            if not isinstance(self.model, MlpMixer) or self.model.patch_size != config.patch_size:
+                raise ValueError("token_labels need an MlpMixer with patches of 4×4: give one, or set it to 0")
             self.model.per_patch = True
         if optimiser is None:
             self.optimisers = optimisers(config, self.model, data.train_images.shape[-2:], precision)

@@ -145,8 +145,9 @@ def test_student_with_token_labels_trains_fused_as_in_eager_pytorch(hundred, tau
     assert runs[0].choice.path == ("fused" if fused.available() else "eager")
     for name in ("train_loss", "train_accuracy", "test_loss"):
         assert runs[0].history[0][name] == pytest.approx(runs[1].history[0][name], rel=1e-4)
-    with pytest.raises(ValueError, match="token_labels need an MlpMixer, not a ConvNet"):
-        train(config, model=ConvNet(), data=hundred, **OPTIONS)
+    for model in (ConvNet(), MlpMixer(patch_size=7)):
+        with pytest.raises(ValueError, match="token_labels need an MlpMixer with patches of 4×4"):
+            train(config, model=model, data=hundred, **OPTIONS)
 
 
 @pytest.mark.parametrize("change", [{}, {"affine": 0.1}, {"token_labels": 0.5}], ids=str)
