@@ -72,7 +72,7 @@ class Distillation:
         self.ask = self.model.of_patches if config.token_labels else self.model
         self.endless = bool(config.affine or config.erase)
         if not self.endless:
-            self.seen = self.logits = self._kept(data, 2 if config.flip else 1, config.shift)
+            self.seen = self.logits = self.kept(data, 2 if config.flip else 1, config.shift)
             content = self.logits.cpu().numpy()
             self.sha256 = hashlib.sha256(content).hexdigest()  # the logits may differ between machines
 
@@ -86,10 +86,10 @@ class Distillation:
         generator = torch.Generator().manual_seed(epoch)
         views = [augmented_images(images, config, generator)[0] for images in self.data.train_images.split(CHUNK)]
         seen = replace(self.data, train_images=torch.cat(views).round().byte())
-        self.seen = self._kept(seen, 1, 0)
+        self.seen = self.kept(seen, 1, 0)
         return seen, replace(config, flip=False, shift=0, affine=0.0, erase=0)
 
-    def _kept(self, data: Data, mirrored: int, shift: int) -> Tensor:
+    def kept(self, data: Data, mirrored: int, shift: int) -> Tensor:
         """The teacher's logits for all views of the training images, computed unless they are kept."""
         views = mirrored * (2 * shift + 1) ** 2
         patches = ("patches",) if self.config.token_labels else ()
