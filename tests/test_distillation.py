@@ -19,6 +19,7 @@ from mixer.config import Config
 from mixer.data import normalise
 from mixer.kernels import fused
 from mixer.model import MlpMixer
+from mixer.studies.ending import Between
 from mixer.training import Interrupted, Run, part_of, train
 
 CPU = torch.device("cpu")
@@ -92,6 +93,25 @@ def test_students_share_endless_views_and_the_teachers_logits_for_them(hundred, 
         assert torch.equal(second.see(1)[0].train_images, seen.train_images)
     assert torch.equal(second.seen, first.seen)
     assert not torch.equal(first.see(2)[0].train_images, seen.train_images)
+
+
+def test_images_between_neighbours_are_answered_by_the_teacher(hundred, taught):
+    loss = Between(Config(teacher="little", flip=True), hundred, CPU, "float32")
+    data, config = loss.see(1)
+    images, mixed = hundred.train_images.double().flatten(1), data.train_images.double()
+    distances = (images[:, None] - images).norm(dim=2)
+    for image, apart, one in zip(images, distances, mixed, strict=True):
+        away = images[apart.argsort()[1:9]] - image
+        errors = []
+        for seen in (one, one.flip(-1)):
+            moved = seen.flatten() - image
+            share = ((away @ moved) / away.pow(2).sum(dim=1)).clamp(0, 0.5)
+            errors.append((moved - share[:, None] * away).abs().amax(dim=1).min())
+        assert min(errors) <= 2  # of 255: pixels are rounded
+    batch = augmented(torch.arange(100), data, config, torch.Generator())
+    assert torch.equal(batch.inputs, normalise(data.train_images, hundred.pixel_mean, hundred.pixel_std))
+    torch.testing.assert_close(loss.targets(batch), loss.model(batch.inputs), atol=2e-3, rtol=2e-3)
+    assert not torch.equal(loss.see(2)[0].train_images, data.train_images)
 
 
 @pytest.mark.parametrize("change", [{"shift": 2}, {"affine": 0.1}, {"mixup_prob": 1.0}], ids=str)
