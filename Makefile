@@ -6,7 +6,7 @@
 # make recipe     train the missing runs of notebooks/recipe.ipynb, the most important ones first;
 #                 make trial-speedrun, trial-teachers, trial-students: those on the validation split;
 #                 make three-teachers: two more networks, for a teacher of three
-#                 make students: the five with plain last epochs that are planned there
+#                 make students: the ten with plain last epochs that are planned there
 # make data       download Fashion-MNIST into data/
 # make bench      measure the fast path on this machine
 # make speedrun   measure the time to the coursework's accuracy on this machine

@@ -56,6 +56,7 @@ WIDER = {  # networks of as many multiplications
     "64 channels": {"num_channels": 64, "patches_mlp_dim": 256, "channels_mlp_dim": 128},
 }
 PLAIN = {"num_epochs": 60, "plain_epochs": 8}
+STUDENTS = {"of patches too": PLAIN | {"token_labels": 0.5}, "of images": PLAIN}  # the teacher's answers
 THREE = WEIGHTS / "three.json"  # what the mean of three teachers' logits reaches on the test images
 WITHOUT = {  # an ingredient of the recipe "modern" -> what replaces it
     "Muon": {"optimiser": "adamw", "lr": 0.003},
@@ -276,7 +277,7 @@ def _experiments() -> dict[str, list[Stage]]:
         ],
         "trial students": [Stage(folder, student_trials())],
         "three teachers": [Stage(folder, {"two more": more_teachers()}, then=join_teachers)],
-        "students": [Stage(folder, {"last epochs plain": sets(range(5), RECIPES["patient"], change={"plain": PLAIN})})],
+        "students": [Stage(folder, {"last epochs plain": sets(range(5), RECIPES["patient"], targets=STUDENTS)})],
     }
 
 
