@@ -103,9 +103,8 @@ class Distillation:
             except (OSError, ValueError):
                 content = _logits(self.ask, data, views, shift, self.precision).numpy().tobytes()
                 write_whole(kept, seal(content))
-        logits = torch.frombuffer(bytearray(content), dtype=torch.float16)
-        logits = logits.view(*shape, -1, data.num_classes) if self.config.token_labels else logits.view(*shape, -1)
-        return logits.to(data.train_images.device)
+        shape += (-1, data.num_classes) if self.config.token_labels else (data.num_classes,)
+        return torch.frombuffer(bytearray(content), dtype=torch.float16).view(shape).to(data.train_images.device)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         return student_loss(self.config, logits, self.targets(batch))

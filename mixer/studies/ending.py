@@ -60,7 +60,7 @@ def relabelled() -> Data:
 
 
 def neighbours(images: Tensor, count: int = NEIGHBOURS) -> Tensor:
-    """Indices (N, count) of each image's nearest others, by the distance of their pixels; takes two minutes."""
+    """Indices (N, count) of each image's nearest others, by the distance of their pixels."""
     flat = images.flatten(1).float()
     nearest = [torch.cdist(part, flat).topk(count + 1, largest=False).indices for part in flat.split(1000)]
     return torch.cat(nearest)[:, 1:]  # the nearest is the image itself, or one like it
